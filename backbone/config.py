@@ -1,0 +1,129 @@
+"""What shape a model has: frozen, hashable, checked when made.
+
+`ModelConfig.from_dict` rejects an unknown key by its dotted name; `to_dict` is its inverse.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Mapping
+
+from backbone.errors import ConfigError
+
+FAMILIES = ('llama', 'qwen2', 'opt', 'gemma')
+ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh', 'relu')
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3 frequency scaling (Llama 3.1 release, `rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_seq_len: int
+
+    def __post_init__(self):
+        _require(self.factor >= 1, f'rope_scaling.factor must be >= 1, got {self.factor}')
+        _require(self.high_freq_factor > self.low_freq_factor,
+                 'rope_scaling.high_freq_factor must exceed low_freq_factor')
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """`num_heads` query heads share `num_kv_heads` key/value heads (GQA)."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    out_bias: bool = False
+    position: str = 'rope'  # 'rope' | 'learned'
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    window: int | None = None  # a query sees this many latest slots, itself included
+
+    def __post_init__(self):
+        for name in ('num_heads', 'num_kv_heads', 'head_dim'):
+            _require(getattr(self, name) > 0, f'attention.{name} must be positive')
+        _require(self.num_heads % self.num_kv_heads == 0,
+                 f'attention.num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}')
+        _require(self.position in ('rope', 'learned'), f'attention.position: unknown {self.position!r}')
+        _require(self.position != 'rope' or self.head_dim % 2 == 0, 'attention.head_dim must be even under rope')
+        _require(self.window is None or self.window > 0, 'attention.window must be positive')
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpConfig:
+    """`gated`: down(act(gate x) * up x), else down(act(up x))."""
+
+    intermediate_size: int
+    activation: str = 'silu'
+    gated: bool = True
+    bias: bool = False
+
+    def __post_init__(self):
+        _require(self.intermediate_size > 0, 'mlp.intermediate_size must be positive')
+        _require(self.activation in ACTIVATIONS, f'mlp.activation: unknown {self.activation!r}')
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer. Sizes count scalars; `max_seq_len` counts tokens."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_seq_len: int
+    attention: AttentionConfig
+    mlp: MlpConfig
+    norm: str = 'rms'  # 'rms' | 'layer'
+    norm_eps: float = 1e-5
+    norm_placement: str = 'pre'  # 'post' is OPT-350m's
+    tie_embeddings: bool = False
+    embed_size: int | None = None  # narrower embedding with projections in and out (OPT-350m)
+    position_offset: int = 0  # learned positions start at this row (OPT: 2)
+    embed_scale: float | None = None  # Gemma multiplies embeddings by sqrt(hidden_size)
+
+    def __post_init__(self):
+        _require(self.family in FAMILIES, f'family: unknown {self.family!r}, one of {", ".join(FAMILIES)}')
+        for name in ('vocab_size', 'hidden_size', 'num_layers', 'max_seq_len'):
+            _require(getattr(self, name) > 0, f'{name} must be positive')
+        _require(self.norm in ('rms', 'layer'), f'norm: unknown {self.norm!r}')
+        _require(self.norm_placement in ('pre', 'post'), f'norm_placement: unknown {self.norm_placement!r}')
+
+    @property
+    def has_final_norm(self) -> bool:
+        return self.norm_placement == 'pre'
+
+    def replace(self, **changes: Any) -> 'ModelConfig':
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> 'ModelConfig':
+        """Errors: ConfigError names an unknown or missing key by its dotted path."""
+        return _build(cls, data, '')
+
+
+_NESTED = {'attention': AttentionConfig, 'mlp': MlpConfig, 'rope_scaling': RopeScaling}
+
+
+def _build(cls, data: Mapping[str, Any], prefix: str):
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = [prefix + k for k in data if k not in fields]
+    _require(not unknown, f'unknown config key: {", ".join(unknown)}')
+    missing = [prefix + n for n, f in fields.items()
+               if n not in data and f.default is dataclasses.MISSING]
+    _require(not missing, f'missing config key: {", ".join(missing)}')
+    values = {k: _build(_NESTED[k], v, f'{prefix}{k}.') if k in _NESTED and isinstance(v, Mapping) else v
+              for k, v in data.items()}
+    return cls(**values)

@@ -1,0 +1,279 @@
+"""The parts of a transformer layer: Linen leaf modules, and the pure pieces every layer is composed of.
+
+`qkv`, `attend`, `out`, `mlp`, `norm` take one layer's parameters. A method composes its own layer from
+them (see `block`, the plain one) and hands it to `model.run_layers`; nobody copies a block.
+
+Dtypes: matrix products run in the kernel's dtype, the residual stream keeps its own, and norms, softmax
+and rotations run in at least float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from backbone.cache import KVState, write_kv
+from backbone.config import AttentionConfig, MlpConfig, ModelConfig, RopeScaling
+from backbone.matmul import dense
+
+Array = jax.Array
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class Dense(nn.Module):
+    """y = x @ kernel + bias; kernel [in, out]."""
+
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        params = {'kernel': self.param('kernel', nn.initializers.lecun_normal(), (x.shape[-1], self.features))}
+        if self.use_bias:
+            params['bias'] = self.param('bias', nn.initializers.zeros, (self.features,))
+        return dense(params, x)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, over the last axis (Zhang and Sennrich, 2019)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+        wide = _wide(x)
+        return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps) * scale).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std * scale + bias, over the last axis."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+        bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
+        wide = _wide(x)
+        wide = wide - wide.mean(-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
+        return (wide * scale + bias).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Projections of grouped-query attention. q: [d, H*hd], k and v: [d, KH*hd], o: [H*hd, d]."""
+
+    cfg: AttentionConfig
+    hidden_size: int
+
+    def setup(self):
+        cfg = self.cfg
+        self.q = Dense(cfg.num_heads * cfg.head_dim, cfg.qkv_bias)
+        self.k = Dense(cfg.num_kv_heads * cfg.head_dim, cfg.qkv_bias)
+        self.v = Dense(cfg.num_kv_heads * cfg.head_dim, cfg.qkv_bias)
+        self.o = Dense(self.hidden_size, cfg.out_bias)
+
+    def qkv(self, x: Array) -> tuple[Array, Array, Array]:
+        return self.q(x), self.k(x), self.v(x)
+
+    def out(self, heads: Array) -> Array:
+        return self.o(heads)
+
+    def __call__(self, x: Array) -> Array:
+        """Touches every projection once: for `init` only."""
+        q, k, v = self.qkv(x)
+        return self.out(q) + k.sum() + v.sum()
+
+
+class Mlp(nn.Module):
+    """down(act(gate x) * up x), or down(act(up x)) without a gate. Hidden width F."""
+
+    cfg: MlpConfig
+    hidden_size: int
+
+    def setup(self):
+        cfg = self.cfg
+        if cfg.gated:
+            self.gate = Dense(cfg.intermediate_size, cfg.bias)
+        self.up = Dense(cfg.intermediate_size, cfg.bias)
+        self.down = Dense(self.hidden_size, cfg.bias)
+
+    def neurons(self, x: Array) -> Array:
+        """[..., d] -> [..., F]: the activated hidden units."""
+        return glu(self.cfg, self.gate(x), self.up(x)) if self.cfg.gated else activate(self.cfg, self.up(x))
+
+    def __call__(self, x: Array) -> Array:
+        return self.down(self.neurons(x))
+
+
+class Block(nn.Module):
+    """One layer's parameters; only `init` is used, the forward pass is `block` below."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        make_norm = LayerNorm if self.cfg.norm == 'layer' else RMSNorm
+        x = x + Attention(self.cfg.attention, self.cfg.hidden_size, name='attn')(
+            make_norm(self.cfg.norm_eps, name='attn_norm')(x))
+        return x + Mlp(self.cfg.mlp, self.cfg.hidden_size, name='mlp')(
+            make_norm(self.cfg.norm_eps, name='mlp_norm')(x))
+
+
+def activate(cfg: MlpConfig, x: Array) -> Array:
+    return {'silu': jax.nn.silu, 'relu': jax.nn.relu, 'gelu': lambda a: jax.nn.gelu(a, approximate=False),
+            'gelu_tanh': jax.nn.gelu}[cfg.activation](x)
+
+
+def glu(cfg: MlpConfig, gate: Array, up: Array) -> Array:
+    return activate(cfg, gate) * up
+
+
+# --- rotary positions -------------------------------------------------------------------------------------
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Array:
+    """Radians per position, [hd/2]; Llama-3 scaling stretches the slow ones and blends in between."""
+    freqs = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is None:
+        return freqs
+    turns = scaling.original_max_seq_len * freqs / (2 * jnp.pi)  # full turns within the original context
+    blend = jnp.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0, 1)
+    return blend * freqs + (1 - blend) * freqs / scaling.factor
+
+
+def rope_tables(cfg: AttentionConfig, positions: Array) -> tuple[Array, Array]:
+    """cos, sin [B, S, 1, hd/2] for positions [B, S]."""
+    angles = positions[..., None, None] * rope_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Half-split rotation of x [B, S, H, hd] (Su et al., 2021, in the Hugging Face layout)."""
+    a, b = jnp.split(_wide(x), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+# --- the pieces -------------------------------------------------------------------------------------------
+
+
+@struct.dataclass
+class Context:
+    """What every layer of one pass shares.
+
+    positions [B, S]: of the queries. mask [B, S, C]: True where query s may read slot c.
+    rope: (cos, sin) or None. pos [B]: slot of the block's first token.
+    """
+
+    positions: Array
+    mask: Array
+    rope: tuple[Array, Array] | None
+    pos: Array | None = None
+
+
+def make_context(cfg: ModelConfig, pos: Array, size: int, capacity: int) -> Context:
+    """Context of a block of `size` tokens at slots pos[b].. of a cache with `capacity` slots."""
+    positions = pos[:, None] + jnp.arange(size)
+    slots = jnp.arange(capacity)
+    mask = slots <= positions[..., None]
+    if cfg.attention.window is not None:
+        mask &= slots > positions[..., None] - cfg.attention.window
+    return Context(positions, mask, make_rope(cfg, positions), pos)
+
+
+def make_rope(cfg: ModelConfig, positions: Array) -> tuple[Array, Array] | None:
+    return rope_tables(cfg.attention, positions) if cfg.attention.position == 'rope' else None
+
+
+def norm(cfg: ModelConfig, p: dict, x: Array) -> Array:
+    module = LayerNorm(cfg.norm_eps) if cfg.norm == 'layer' else RMSNorm(cfg.norm_eps)
+    return module.apply({'params': p}, x)
+
+
+def qkv(cfg: ModelConfig, p: dict, x: Array, ctx: Context) -> tuple[Array, Array, Array]:
+    """x [B, S, d] -> rotated q [B, S, H, hd], rotated k and v [B, S, KH, hd]. p: a layer's 'attn'."""
+    att = cfg.attention
+    if 'qkv' in p:  # fused for decoding, see backbone/layout.py
+        h, kh = att.num_heads * att.head_dim, att.num_kv_heads * att.head_dim
+        q, k, v = jnp.split(dense(p['qkv'], x), (h, h + kh), axis=-1)
+    else:
+        q, k, v = Attention(att, cfg.hidden_size).apply({'params': p}, x, method='qkv')
+    q, k, v = (a.reshape(*a.shape[:2], -1, att.head_dim) for a in (q, k, v))
+    if ctx.rope is not None:
+        q, k = rotate(q, *ctx.rope), rotate(k, *ctx.rope)
+    return q, k, v
+
+
+def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """q [B, S, H, hd] over k, v [B, KH, C, hd] under mask [B, S, C] -> [B, S, H, hd].
+
+    A slot no query may read contributes nothing, even if it holds NaN.
+    """
+    b, s, h, hd = q.shape
+    kh = k.shape[1]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    grouped = q.reshape(b, s, kh, h // kh, hd).transpose(0, 2, 3, 1, 4).reshape(b, kh, -1, hd)
+    scores = jnp.einsum('bkmh,bkch->bkmc', grouped.astype(k.dtype), k, preferred_element_type=wide) * hd**-0.5
+    scores = jnp.where(mask[:, None, None], scores.reshape(b, kh, h // kh, s, -1), -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).reshape(b, kh, -1, k.shape[2])
+    live = mask.any(1)[:, None, :, None]
+    heads = jnp.einsum('bkmc,bkch->bkmh', weights.astype(v.dtype), jnp.where(live, v, 0), preferred_element_type=wide)
+    return heads.reshape(b, kh, h // kh, s, hd).transpose(0, 3, 1, 2, 4).reshape(b, s, h, hd).astype(q.dtype)
+
+
+def out(cfg: ModelConfig, p: dict, heads: Array) -> Array:
+    """heads [B, S, H, hd] -> [B, S, d]. p: a layer's 'attn'."""
+    flat = heads.reshape(*heads.shape[:2], -1)
+    return Attention(cfg.attention, cfg.hidden_size).apply({'params': p}, flat, method='out')
+
+
+def mlp(cfg: ModelConfig, p: dict, x: Array, neuron_mask: Array | None = None) -> Array:
+    """x [B, S, d] -> [B, S, d]; neuron_mask broadcasts to [B, S, F]. p: a layer's 'mlp'."""
+    if 'gate_up' in p:
+        neurons = glu(cfg.mlp, *jnp.split(dense(p['gate_up'], x), 2, axis=-1))
+    else:
+        neurons = Mlp(cfg.mlp, cfg.hidden_size).apply({'params': p}, x, method='neurons')
+    if neuron_mask is not None:
+        neurons = neurons * neuron_mask.astype(neurons.dtype)
+    return dense(p['down'], neurons)
+
+
+def read_write(state: KVState | None, k: Array, v: Array, ctx: Context) -> tuple[Array, Array, KVState | None]:
+    """Writes the block into `state` and gives the k, v [B, KH, C, hd] to attend over.
+
+    Without a state the block attends over itself.
+    """
+    if state is None:
+        return k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), None
+    state = write_kv(state, k, v, ctx.pos)
+    return state.k, state.v, state
+
+
+def block(cfg: ModelConfig, p: dict, x: Array, state: KVState | None, ctx: Context,
+          extra: Any = None) -> tuple[Array, KVState | None, dict[str, Array]]:
+    """The plain layer, and the model of a layer function for `run_layers`.
+
+    x: the residual, any pytree a method likes (here [B, S, d]). extra: this layer's slice of what the
+    caller stacked by layer (here the optional masks {'heads' [..., H], 'neurons' [..., F]}).
+    Returns the residual, the state and the taps of this layer.
+    """
+    masks = extra or {}
+    pre = cfg.norm_placement == 'pre'
+    q, k, v = qkv(cfg, p['attn'], norm(cfg, p['attn_norm'], x) if pre else x, ctx)
+    keys, values, state = read_write(state, k, v, ctx)
+    heads = attend(q, keys, values, ctx.mask)
+    if 'heads' in masks:
+        heads = heads * masks['heads'][..., None].astype(heads.dtype)
+    mixed = out(cfg, p['attn'], heads)
+    x = x + mixed if pre else norm(cfg, p['attn_norm'], x + mixed)
+    y = mlp(cfg, p['mlp'], norm(cfg, p['mlp_norm'], x) if pre else x, masks.get('neurons'))
+    x = x + y if pre else norm(cfg, p['mlp_norm'], x + y)
+    return x, state, {'attention': heads, 'mixer': mixed}

@@ -1,0 +1,1 @@
+"""What runs a model: decode loop, verifier, baselines, evaluation, comparison. Knows no method."""

@@ -1,0 +1,231 @@
+"""The decode loop: prefill once, then rounds of draft, forward, verify, commit, in one jitted while_loop.
+
+Prompts are right-padded to a power-of-two bucket and the cache to a bucket of slots, so one compilation
+serves every prompt of a bucket. The state is donated: the cache is updated in place.
+`on_tokens` streams: one round is jitted instead of the loop, and Python sees each round's tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from typing import Any, Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from backbone import cache as caches
+from backbone.contract import Drafter, Target
+from backbone.errors import RequestError
+from backbone.sampling import GREEDY, Sampling, choose
+from harness.verify import verify
+
+Array = jax.Array
+SLOT_BUCKET = 64  # cache capacities are multiples of this
+
+
+@struct.dataclass
+class DecodeState:
+    """Everything that changes between rounds. B rows, K drafted tokens.
+
+    limit [B]: slots a row may fill. finished [B]. rounds [B]: target passes a row took part in.
+    drafted, accepted [K+1]: row-rounds by draft length, and by drafts kept.
+    """
+
+    cache: caches.Cache
+    drafter: Any
+    rng: Array
+    limit: Array
+    finished: Array
+    rounds: Array
+    drafted: Array
+    accepted: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """tokens: new ids a row, a stop token included. Times in seconds, compilation included on a first call.
+
+    accepted_hist[i]: row-rounds that kept i drafts; drafted_hist[i]: that proposed i.
+    """
+
+    tokens: list[list[int]]
+    rounds: np.ndarray
+    accepted_hist: np.ndarray
+    drafted_hist: np.ndarray
+    prefill_s: float
+    decode_s: float
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.tokens))
+
+    @property
+    def mean_accepted_tokens(self) -> float:
+        """Tokens committed a round and row, bonus included: plain decoding is 1.00."""
+        rounds = int(self.accepted_hist.sum())
+        if rounds == 0:
+            return 1.0
+        return float((self.accepted_hist * (1 + np.arange(len(self.accepted_hist)))).sum() / rounds)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoding speed: the first token of each row belongs to prefill."""
+        return (self.num_tokens - len(self.tokens)) / self.decode_s if self.decode_s > 0 else 0.0
+
+    @property
+    def acceptance_by_position(self) -> np.ndarray:
+        """[K]: of the rounds that proposed a draft at position i, the share that kept it."""
+        kept = self.accepted_hist[::-1].cumsum()[::-1][1:]
+        proposed = self.drafted_hist[::-1].cumsum()[::-1][1:]
+        return np.divide(kept, proposed, out=np.zeros(len(kept)), where=proposed > 0)
+
+
+def bucket(n: int, smallest: int = 16) -> int:
+    """The power of two a prompt of n tokens is padded to."""
+    return max(smallest, 1 << (n - 1).bit_length())
+
+
+def capacity_for(prompt: int, max_new_tokens: int, max_seq_len: int) -> int:
+    """Cache slots for a padded prompt and its continuation, never more than the model's context."""
+    slots = -(-(prompt + max_new_tokens) // SLOT_BUCKET) * SLOT_BUCKET
+    return min(slots, max_seq_len)
+
+
+def check_request(target: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Errors: RequestError names the row of an empty prompt, an id outside the vocabulary, a request too long."""
+    if not prompts:
+        raise RequestError('no prompt given')
+    if max_new_tokens < 1:
+        raise RequestError(f'max_new_tokens must be at least 1, got {max_new_tokens}')
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise RequestError(f'prompt {row} is empty')
+        if min(prompt) < 0 or max(prompt) >= target.vocab_size:
+            raise RequestError(f'prompt {row} holds a token id outside 0..{target.vocab_size - 1}')
+        if len(prompt) + max_new_tokens > target.max_seq_len:
+            raise RequestError(f'prompt {row}: {len(prompt)} tokens + {max_new_tokens} new ones exceed '
+                               f'the context of {target.max_seq_len}')
+
+
+def generate(target: Target, drafter: Drafter, params: Any, prompts: Sequence[Sequence[int]], *,
+             max_new_tokens: int, sampling: Sampling = GREEDY, stop_tokens: Sequence[int] = (), seed: int = 0,
+             on_tokens: Callable[[int, list[int]], None] | None = None) -> Generation:
+    """Continues every prompt by up to max_new_tokens ids, or to the first stop token (kept).
+
+    params: {'base': ...} and what the drafter needs. on_tokens(row, ids) streams each round.
+    Errors: RequestError, before anything is compiled.
+    """
+    check_request(target, prompts, max_new_tokens)
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    size = min(bucket(int(lengths.max())), target.max_seq_len)
+    tokens = np.zeros((len(prompts), size), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, :len(prompt)] = prompt
+    stops = tuple(sorted(set(int(t) for t in stop_tokens)))
+    capacity = capacity_for(size, max_new_tokens, target.max_seq_len)
+
+    start = time.perf_counter()
+    state = prefill(target, drafter, params, tokens, lengths, lengths + max_new_tokens, jax.random.key(seed),
+                    capacity=capacity, sampling=sampling, stops=stops)
+    jax.block_until_ready(state)
+    middle = time.perf_counter()
+    if on_tokens is None:
+        state = decode(target, drafter, params, state, sampling=sampling, stops=stops)
+    else:
+        state = _stream(target, drafter, params, state, lengths, sampling, stops, on_tokens)
+    jax.block_until_ready(state)
+    end = time.perf_counter()
+
+    ids, pos = np.asarray(state.cache.tokens), np.asarray(state.cache.pos)
+    new = [ids[row, n:pos[row] + 1].tolist() for row, n in enumerate(lengths)]
+    return Generation(new, np.asarray(state.rounds), np.asarray(state.accepted), np.asarray(state.drafted),
+                      middle - start, end - middle)
+
+
+_STATIC = ('target', 'drafter', 'sampling', 'stops')
+
+
+@functools.partial(jax.jit, static_argnames=(*_STATIC, 'capacity'))
+def prefill(target: Target, drafter: Drafter, params: Any, tokens: Array, lengths: Array, limit: Array, rng: Array, *,
+            capacity: int, sampling: Sampling, stops: tuple[int, ...]) -> DecodeState:
+    """Runs prompts [B, P] of lengths [B] and chooses each row's first new token. limit [B]: total ids a row."""
+    batch = tokens.shape[0]
+    rng, first_rng = jax.random.split(rng)
+    cache = target.init_cache(batch, capacity, drafter.block)
+    state = drafter.init_state(batch, capacity)
+    output = target.forward(params, tokens, cache, taps=drafter.needs, logits_at=lengths - 1)
+    first = choose(output.logits[:, 0], first_rng, sampling)
+    cache = caches.commit(output.cache, lengths - 1, first)
+    state = drafter.prefill(params, state, output.replace(cache=cache), lengths - 1)
+    finished = _is_stop(first, stops) | (lengths + 1 >= limit)
+    zeros = jnp.zeros((drafter.block + 1,), jnp.int32)
+    return DecodeState(cache, state, rng, limit, finished, jnp.zeros((batch,), jnp.int32), zeros, zeros)
+
+
+def decode_round(target: Target, drafter: Drafter, params: Any, s: DecodeState, sampling: Sampling,
+                 stops: tuple[int, ...]) -> DecodeState:
+    """One round for every row; a finished row keeps its cache position and its tokens."""
+    rng, draft_rng, verify_rng = jax.random.split(s.rng, 3)
+    draft, cache, state = drafter.draft(params, s.cache, s.drafter, draft_rng, sampling)
+    block = jnp.concatenate([cache.pending[:, None], draft.tokens], axis=1)
+    output = target.forward(params, block, cache, resume=draft.resume, taps=drafter.needs)
+    accepted = verify(output.logits, draft, verify_rng, sampling)
+    n, next_token, finished = _cut(accepted.n, accepted.next_token, draft.tokens, cache.pos, s, stops)
+    cache = caches.commit(output.cache, n, next_token)
+    state = drafter.commit(params, state, output.replace(cache=cache), n)
+    live = (~s.finished).astype(jnp.int32)
+    return DecodeState(cache, state, rng, s.limit, finished, s.rounds + live,
+                       s.drafted.at[draft.length].add(live), s.accepted.at[jnp.maximum(n, 0)].add(live))
+
+
+def _cut(n, next_token, drafted, pos, s: DecodeState, stops):
+    """Ends a row inside its block: at the first stop token, or where its limit is reached.
+
+    Keeping j drafts and making draft j the next token commits the same ids as stopping after it.
+    """
+    block = drafted.shape[1]
+    chain = jnp.concatenate([drafted, next_token[:, None]], axis=1)
+    chain = chain.at[jnp.arange(len(n)), n].set(next_token)  # committed ids are chain[:n+1]
+    keep = jnp.minimum(n, s.limit - pos - 2)  # ids after this round: pos + 1 (pending) + n + 1 <= limit
+    hits = _is_stop(chain, stops) & (jnp.arange(block + 1) <= keep[:, None])
+    stopped = hits.any(1)
+    keep = jnp.where(stopped, hits.argmax(1), keep)
+    next_token = jnp.take_along_axis(chain, jnp.maximum(keep, 0)[:, None], axis=1)[:, 0]
+    finished = s.finished | stopped | (pos + keep + 2 >= s.limit)
+    return jnp.where(s.finished, -1, keep), next_token, finished
+
+
+def _is_stop(tokens: Array, stops: tuple[int, ...]) -> Array:
+    return jnp.isin(tokens, jnp.array(stops, jnp.int32)) if stops else jnp.zeros(tokens.shape, bool)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames='state')
+def decode(target: Target, drafter: Drafter, params: Any, state: DecodeState, *, sampling: Sampling,
+           stops: tuple[int, ...]) -> DecodeState:
+    """Rounds until every row is finished."""
+    return jax.lax.while_loop(lambda s: ~s.finished.all(),
+                              lambda s: decode_round(target, drafter, params, s, sampling, stops), state)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames='state')
+def decode_one(target: Target, drafter: Drafter, params: Any, state: DecodeState, *, sampling: Sampling,
+               stops: tuple[int, ...]) -> DecodeState:
+    """A single round, for streaming and for looking at the state between rounds."""
+    return decode_round(target, drafter, params, state, sampling, stops)
+
+
+def _stream(target, drafter, params, state, lengths, sampling, stops, on_tokens):
+    seen = np.array(lengths)
+    while True:
+        ids, pos = np.asarray(state.cache.tokens), np.asarray(state.cache.pos)
+        for row in range(len(seen)):
+            if pos[row] + 1 > seen[row]:
+                on_tokens(row, ids[row, seen[row]:pos[row] + 1].tolist())
+        seen = pos + 1
+        if np.asarray(state.finished).all():
+            return state
+        state = decode_one(target, drafter, params, state, sampling=sampling, stops=stops)
