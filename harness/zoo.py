@@ -1,0 +1,102 @@
+"""Small trained artefacts: `zoo/<name>/` holds weights.safetensors and card.json.
+
+    params, card = zoo.load('m2r2_smollm2', base_hash=loaded.base_hash)
+
+An artefact belongs to one base model, named by the `params_hash` of its parameters: weights trained on one base
+are noise on another, so the two are held against each other before anything runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+from safetensors.numpy import load_file, save_file
+
+from backbone.errors import FormatError
+from backbone.formats.safetensors import read_json
+from backbone.formats.staging import staged
+from backbone.formats.tensors import flatten, params_hash, unflatten
+
+ROOT = Path(__file__).resolve().parent.parent / 'zoo'
+MAX_BYTES = 10_000_000  # one artefact, weights and card
+MAX_TOTAL_BYTES = 24_000_000  # the whole zoo, as it is kept in the repository
+WEIGHTS, CARD = 'weights.safetensors', 'card.json'
+
+# What a card must say. metrics: measured on held-out data.
+FIELDS = {'base': str, 'base_hash': str, 'params_hash': str, 'config': dict, 'data': str, 'steps': int, 'seed': int,
+          'command': str, 'metrics': dict}
+
+
+def names(root: Path = ROOT) -> list[str]:
+    """The artefacts there are."""
+    return sorted(path.parent.name for path in root.glob(f'*/{CARD}'))
+
+
+def load(name: str, base_hash: str, root: Path = ROOT) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(parameter tree of numpy arrays, card) of an artefact trained on the base with this `params_hash`.
+
+    Errors: FormatError for an unknown name, another base (names both), a card that lacks a field, damaged or
+    oversized weights.
+    """
+    folder = root / name
+    if name not in names(root):
+        raise FormatError(f'{name}: no such artefact in {root}, there are: {", ".join(names(root)) or "none"}')
+    card = read_json(folder / CARD)
+    _check_card(card, str(folder / CARD))
+    if card['base_hash'] != base_hash:
+        raise FormatError(f'{name}: trained on {card["base"]} with parameters {card["base_hash"]}, '
+                          f'the base given has {base_hash}')
+    _check_size(folder)
+    params = _read_weights(folder / WEIGHTS)
+    if params_hash(params) != card['params_hash']:
+        raise FormatError(f'{folder / WEIGHTS}: hashes to {params_hash(params)}, the card says {card["params_hash"]}')
+    return params, card
+
+
+def save(name: str, params: Mapping[str, Any], card: Mapping[str, Any], root: Path = ROOT,
+         overwrite: bool = False) -> None:
+    """Writes an artefact; `params_hash` is added to the card.
+
+    Errors: FormatError when a field is missing, it is over MAX_BYTES, it exists already, or the disk refuses.
+    """
+    leaves = {path: np.ascontiguousarray(leaf) for path, leaf in flatten(params).items()}
+    card = {**card, 'params_hash': params_hash(params)}
+    _check_card(card, name)
+    if not name.replace('_', '').replace('-', '').replace('.', '').isalnum() or name.startswith('.'):
+        raise FormatError(f'{name}: not a name for an artefact (letters, digits, - _ .)')
+    with staged(root / name, overwrite) as folder:
+        folder.mkdir()
+        (folder / CARD).write_text(json.dumps(card, indent=2) + '\n')
+        save_file(leaves, folder / WEIGHTS)
+        _check_size(folder, name)
+
+
+def _read_weights(path: Path) -> dict[str, Any]:
+    try:
+        return unflatten(load_file(path))
+    except OSError as error:
+        raise FormatError(f'{path}: cannot be read: {error.strerror}') from None
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise FormatError(f'{path}: damaged: {error}') from None
+
+
+def _check_card(card: Any, where: str) -> None:
+    if not isinstance(card, Mapping):
+        raise FormatError(f'{where}: not a card')
+    missing = [field for field in FIELDS if field not in card]
+    if missing:
+        raise FormatError(f'{where}: the card lacks {", ".join(missing)}')
+    wrong = [f'{field} is not {kind.__name__}' for field, kind in FIELDS.items() if not isinstance(card[field], kind)]
+    if wrong:
+        raise FormatError(f'{where}: {", ".join(wrong)}')
+
+
+def _check_size(folder: Path, name: str | None = None) -> None:
+    size = sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())
+    if size > MAX_BYTES:
+        raise FormatError(f'{name or folder.name}: {size} bytes, an artefact may have {MAX_BYTES}')
