@@ -28,7 +28,7 @@ setup(
         'search': ['optuna'],
         'gpu': ['jax[cuda13]'],
         'tpu': ['jax[tpu]'],
-        'oracle': ['transformers', 'torch==2.13.0'],
+        'oracle': ['transformers', 'torch==2.13.0', 'accelerate'],
         'dev': ['pytest', 'hypothesis', 'ruff'],
     },
     entry_points={'console_scripts': [f'headway-{c}=harness.launch.{c}:cli' for c in COMMANDS]},

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from backbone.errors import ConfigError
 
@@ -102,14 +103,14 @@ class ModelConfig:
     def has_final_norm(self) -> bool:
         return self.norm_placement == 'pre'
 
-    def replace(self, **changes: Any) -> 'ModelConfig':
+    def replace(self, **changes: Any) -> ModelConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> 'ModelConfig':
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
         """Errors: ConfigError names an unknown or missing key by its dotted path."""
         return _build(cls, data, '')
 

@@ -100,7 +100,7 @@ class Target(Protocol):
     """
 
     exact: bool
-    reference: 'Target | None'
+    reference: Target | None
     vocab_size: int
     max_seq_len: int
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from backbone import native
 from backbone.cache import KVState, write_kv
 from backbone.config import AttentionConfig, MlpConfig, ModelConfig, RopeScaling
 from backbone.matmul import dense
@@ -84,13 +85,10 @@ class Attention(nn.Module):
     def qkv(self, x: Array) -> tuple[Array, Array, Array]:
         return self.q(x), self.k(x), self.v(x)
 
-    def out(self, heads: Array) -> Array:
-        return self.o(heads)
-
     def __call__(self, x: Array) -> Array:
         """Touches every projection once: for `init` only."""
         q, k, v = self.qkv(x)
-        return self.out(q) + k.sum() + v.sum()
+        return self.o(q) + k.sum() + v.sum()
 
 
 class Mlp(nn.Module):
@@ -170,23 +168,25 @@ class Context:
     """What every layer of one pass shares.
 
     positions [B, S]: of the queries. mask [B, S, C]: True where query s may read slot c.
-    rope: (cos, sin) or None. pos [B]: slot of the block's first token.
+    rope: (cos, sin) or None. pos [B]: slot of the block's first token. native: packed for one CPU, so
+    attention may run in C (backbone/native).
     """
 
     positions: Array
     mask: Array
     rope: tuple[Array, Array] | None
     pos: Array | None = None
+    native: bool = struct.field(pytree_node=False, default=False)
 
 
-def make_context(cfg: ModelConfig, pos: Array, size: int, capacity: int) -> Context:
+def make_context(cfg: ModelConfig, pos: Array, size: int, capacity: int, native: bool = False) -> Context:
     """Context of a block of `size` tokens at slots pos[b].. of a cache with `capacity` slots."""
     positions = pos[:, None] + jnp.arange(size)
     slots = jnp.arange(capacity)
     mask = slots <= positions[..., None]
     if cfg.attention.window is not None:
         mask &= slots > positions[..., None] - cfg.attention.window
-    return Context(positions, mask, make_rope(cfg, positions), pos)
+    return Context(positions, mask, make_rope(cfg, positions), pos, native)
 
 
 def make_rope(cfg: ModelConfig, positions: Array) -> tuple[Array, Array] | None:
@@ -212,11 +212,17 @@ def qkv(cfg: ModelConfig, p: dict, x: Array, ctx: Context) -> tuple[Array, Array
     return q, k, v
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """q [B, S, H, hd] over k, v [B, KH, C, hd] under mask [B, S, C] -> [B, S, H, hd].
+def attend(q: Array, k: Array, v: Array, ctx: Context) -> Array:
+    """q [B, S, H, hd] over k, v [B, KH, C, hd] under ctx.mask [B, S, C] -> [B, S, H, hd].
 
     A slot no query may read contributes nothing, even if it holds NaN.
     """
+    if ctx.native and native.takes_attention(q, k):
+        return jax.lax.platform_dependent(q, k, v, ctx.mask, cpu=native.attend, default=_attend)
+    return _attend(q, k, v, ctx.mask)
+
+
+def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     b, s, h, hd = q.shape
     kh = k.shape[1]
     wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -231,8 +237,7 @@ def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
 
 def out(cfg: ModelConfig, p: dict, heads: Array) -> Array:
     """heads [B, S, H, hd] -> [B, S, d]. p: a layer's 'attn'."""
-    flat = heads.reshape(*heads.shape[:2], -1)
-    return Attention(cfg.attention, cfg.hidden_size).apply({'params': p}, flat, method='out')
+    return dense(p['o'], heads.reshape(*heads.shape[:2], -1))
 
 
 def mlp(cfg: ModelConfig, p: dict, x: Array, neuron_mask: Array | None = None) -> Array:
@@ -269,7 +274,7 @@ def block(cfg: ModelConfig, p: dict, x: Array, state: KVState | None, ctx: Conte
     pre = cfg.norm_placement == 'pre'
     q, k, v = qkv(cfg, p['attn'], norm(cfg, p['attn_norm'], x) if pre else x, ctx)
     keys, values, state = read_write(state, k, v, ctx)
-    heads = attend(q, keys, values, ctx.mask)
+    heads = attend(q, keys, values, ctx)
     if 'heads' in masks:
         heads = heads * masks['heads'][..., None].astype(heads.dtype)
     mixed = out(cfg, p['attn'], heads)

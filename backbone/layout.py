@@ -11,19 +11,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from backbone import native as native_code
 
-def pack(params: dict, dtype: Any = jnp.float32) -> dict:
+
+def pack(params: dict, dtype: Any = jnp.float32, native: bool | None = None) -> dict:
     """Base parameters -> the same model for decoding, matrices in `dtype`, norms and biases in float32.
 
-    The result runs everywhere the stacked tree does; its cache must be unstacked too
-    (`PlainTarget(cfg, stacked=False)`). Works on arrays and, under jax.eval_shape, on shapes.
+    native: store matrices as 'kernel_t' [out, in] for the C product (backbone/native); by default where
+    the process runs on a CPU and can build it. The result runs everywhere the stacked tree does; its
+    cache must be unstacked too (`PlainTarget(cfg, stacked=False)`).
     """
+    if native is None:
+        native = jax.default_backend() == 'cpu' and native_code.available()
     stacked = params['layers']
     num_layers = jax.tree.leaves(stacked)[0].shape[0]
-    layers = tuple(_cast(_fuse(jax.tree.map(lambda a: a[l], stacked)), dtype)  # noqa: B023
-                   for l in range(num_layers))
-    rest = _cast({k: v for k, v in params.items() if k != 'layers'}, dtype)
-    return rest | {'layers': layers}
+    layers = [_fuse(jax.tree.map(lambda a: a[l], stacked)) for l in range(num_layers)]
+    packed = {k: v for k, v in params.items() if k != 'layers'} | {'layers': tuple(layers)}
+    packed = jax.tree.map(lambda a: jnp.asarray(a, dtype if a.ndim > 1 else jnp.float32), packed)
+    if native:
+        packed = _transpose(packed)
+        if 'lm_head' not in packed:  # tied: the table already is [out, in], and is shared
+            packed['lm_head'] = {'kernel_t': packed['embed']['tokens']}
+    return packed
 
 
 def _fuse(layer: dict) -> dict:
@@ -38,6 +47,10 @@ def _join(parts: list[dict]) -> dict:
     return {name: jnp.concatenate([jnp.asarray(p[name]) for p in parts], axis=-1) for name in parts[0]}
 
 
-def _cast(tree: dict, dtype: Any) -> dict:
-    """Matrices in `dtype`; vectors (norm scales, biases) in float32, which also keeps the residual wide."""
-    return jax.tree.map(lambda a: jnp.asarray(a, dtype if a.ndim > 1 else jnp.float32), tree)
+def _transpose(tree: Any) -> Any:
+    """Every {'kernel': [in, out]} as {'kernel_t': [out, in]}."""
+    if isinstance(tree, tuple):
+        return tuple(_transpose(t) for t in tree)
+    if not isinstance(tree, dict):
+        return tree
+    return {'kernel_t' if k == 'kernel' else k: v.T if k == 'kernel' else _transpose(v) for k, v in tree.items()}

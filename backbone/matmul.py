@@ -1,9 +1,16 @@
-"""One matrix product, in the kernel's dtype and layout."""
+"""One matrix product, in the kernel's dtype and layout.
+
+A kernel is stored as 'kernel' [in, out] (trains, shards, runs everywhere on XLA) or, packed for decoding
+on a CPU, as 'kernel_t' [out, in]: then a few rows go through C (backbone/native), which reads the
+weights once at memory speed and gives every row the same bits whatever its neighbours are.
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+
+from backbone import native
 
 Array = jax.Array
 
@@ -13,8 +20,7 @@ def dense(p: dict[str, Array], x: Array) -> Array:
 
     p: 'kernel' [in, out] or 'kernel_t' [out, in], and an optional 'bias' [out].
     """
-    kernel, axis = (p['kernel'], 0) if 'kernel' in p else (p['kernel_t'], 1)
-    y = contract(x, kernel, axis)
+    y = contract(x, p['kernel'], 0) if 'kernel' in p else contract_packed(x, p['kernel_t'])
     if 'bias' in p:
         y = y + p['bias']
     return y.astype(x.dtype)
@@ -29,3 +35,12 @@ def contract(x: Array, kernel: Array, axis: int) -> Array:
         rows = jnp.concatenate([rows, jnp.zeros_like(rows)])
     y = jax.lax.dot_general(rows, kernel, (((1,), (axis,)), ((), ())), preferred_element_type=wide)
     return (y[:1] if single else y).reshape(*x.shape[:-1], -1)
+
+
+def contract_packed(x: Array, kernel_t: Array) -> Array:
+    """x [..., in] against kernel_t [out, in] -> [..., out]; the native product where it applies."""
+    rows = x.reshape(-1, x.shape[-1]).astype(kernel_t.dtype)
+    if not native.takes_product(rows.shape[0], kernel_t.dtype):
+        return contract(x, kernel_t, 1)
+    y = jax.lax.platform_dependent(rows, kernel_t, cpu=native.matmul, default=lambda a, b: contract(a, b, 1))
+    return y.reshape(*x.shape[:-1], -1)

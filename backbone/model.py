@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -154,16 +155,16 @@ def _scanned(cfg, layers, x, state, ctx, lo, hi, skip, layer_fn, extra, wanted):
 
     for first, last, run in runs:
         if run:
-            part = lambda tree: jax.tree.map(lambda a: a[first:last], tree)  # noqa: B023 - used at once
+            part = lambda tree: jax.tree.map(lambda a: a[first:last], tree)
             flags = None if static else skip[first:last]
             x, (new, seen) = jax.lax.scan(step, x, (part(layers), part(state), part(extra), flags))
             if state is not None:
                 whole = (first, last) == (0, cfg.num_layers)
-                state = new if whole else jax.tree.map(lambda a, b: a.at[first:last].set(b), state, new)  # noqa: B023
+                state = new if whole else jax.tree.map(lambda a, b: a.at[first:last].set(b), state, new)
         for tap, kind, l in wanted:
             at = l - 1 if kind == 'hidden' else l
             if first <= at < last and (run or kind == 'hidden'):
-                found[tap] = jax.tree.map(lambda a: a[at - first], seen[kind]) if run else x  # noqa: B023
+                found[tap] = jax.tree.map(lambda a: a[at - first], seen[kind]) if run else x
     return x, state, found
 
 
@@ -238,4 +239,5 @@ class PlainTarget:
 
 def cache_context(cfg: ModelConfig, cache: caches.Cache, size: int) -> Context:
     """Context of the next `size` tokens of a cache."""
-    return make_context(cfg, cache.pos, size, cache.tokens.shape[1] - 1)
+    unstacked = isinstance(cache.layers, tuple)  # packed for decoding on one device
+    return make_context(cfg, cache.pos, size, cache.tokens.shape[1] - 1, native=unstacked)

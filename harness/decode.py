@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +48,10 @@ class DecodeState:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """tokens: new ids a row, a stop token included. Times in seconds, compilation included on a first call.
+    """tokens: new ids a row, a stop token included. Times in seconds.
 
-    accepted_hist[i]: row-rounds that kept i drafts; drafted_hist[i]: that proposed i.
+    accepted_hist[i]: row-rounds that kept i drafts; drafted_hist[i]: that proposed i. `warm_up` first to
+    keep compilation out of the times.
     """
 
     tokens: list[list[int]]
@@ -119,24 +121,14 @@ def generate(target: Target, drafter: Drafter, params: Any, prompts: Sequence[Se
     params: {'base': ...} and what the drafter needs. on_tokens(row, ids) streams each round.
     Errors: RequestError, before anything is compiled.
     """
-    check_request(target, prompts, max_new_tokens)
-    lengths = np.array([len(p) for p in prompts], np.int32)
-    size = min(bucket(int(lengths.max())), target.max_seq_len)
-    tokens = np.zeros((len(prompts), size), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, :len(prompt)] = prompt
-    stops = tuple(sorted(set(int(t) for t in stop_tokens)))
-    capacity = capacity_for(size, max_new_tokens, target.max_seq_len)
-
+    tokens, lengths, options = _prepare(target, prompts, max_new_tokens, sampling, stop_tokens)
     start = time.perf_counter()
-    state = prefill(target, drafter, params, tokens, lengths, lengths + max_new_tokens, jax.random.key(seed),
-                    capacity=capacity, sampling=sampling, stops=stops)
-    jax.block_until_ready(state)
+    state = _start(target, drafter, params, tokens, lengths, lengths + max_new_tokens, seed, options)
     middle = time.perf_counter()
     if on_tokens is None:
-        state = decode(target, drafter, params, state, sampling=sampling, stops=stops)
+        state = decode(target, drafter, params, state, **options['rounds'])
     else:
-        state = _stream(target, drafter, params, state, lengths, sampling, stops, on_tokens)
+        state = _stream(target, drafter, params, state, lengths, options['rounds'], on_tokens)
     jax.block_until_ready(state)
     end = time.perf_counter()
 
@@ -144,6 +136,34 @@ def generate(target: Target, drafter: Drafter, params: Any, prompts: Sequence[Se
     new = [ids[row, n:pos[row] + 1].tolist() for row, n in enumerate(lengths)]
     return Generation(new, np.asarray(state.rounds), np.asarray(state.accepted), np.asarray(state.drafted),
                       middle - start, end - middle)
+
+
+def warm_up(target: Target, drafter: Drafter, params: Any, prompts: Sequence[Sequence[int]], *,
+            max_new_tokens: int, sampling: Sampling = GREEDY, stop_tokens: Sequence[int] = (),
+            stream: bool = False) -> float:
+    """Compiles what the same call of `generate` will run, and runs one round of it. Returns seconds."""
+    tokens, lengths, options = _prepare(target, prompts, max_new_tokens, sampling, stop_tokens)
+    start = time.perf_counter()
+    state = _start(target, drafter, params, tokens, lengths, lengths + min(2, max_new_tokens), 0, options)
+    jax.block_until_ready((decode_one if stream else decode)(target, drafter, params, state, **options['rounds']))
+    return time.perf_counter() - start
+
+
+def _prepare(target, prompts, max_new_tokens, sampling, stop_tokens):
+    """Padded prompts [B, P], their lengths [B], and the static options of both programs."""
+    check_request(target, prompts, max_new_tokens)
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    size = min(bucket(int(lengths.max())), target.max_seq_len)
+    tokens = np.zeros((len(prompts), size), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, :len(prompt)] = prompt
+    rounds = {'sampling': sampling, 'stops': tuple(sorted({int(t) for t in stop_tokens}))}
+    return tokens, lengths, {'rounds': rounds, 'capacity': capacity_for(size, max_new_tokens, target.max_seq_len)}
+
+
+def _start(target, drafter, params, tokens, lengths, limit, seed, options):
+    return jax.block_until_ready(prefill(target, drafter, params, tokens, lengths, limit, jax.random.key(seed),
+                                         capacity=options['capacity'], **options['rounds']))
 
 
 _STATIC = ('target', 'drafter', 'sampling', 'stops')
@@ -218,7 +238,7 @@ def decode_one(target: Target, drafter: Drafter, params: Any, state: DecodeState
     return decode_round(target, drafter, params, state, sampling, stops)
 
 
-def _stream(target, drafter, params, state, lengths, sampling, stops, on_tokens):
+def _stream(target, drafter, params, state, lengths, options, on_tokens):
     seen = np.array(lengths)
     while True:
         ids, pos = np.asarray(state.cache.tokens), np.asarray(state.cache.pos)
@@ -228,4 +248,4 @@ def _stream(target, drafter, params, state, lengths, sampling, stops, on_tokens)
         seen = pos + 1
         if np.asarray(state.finished).all():
             return state
-        state = decode_one(target, drafter, params, state, sampling=sampling, stops=stops)
+        state = decode_one(target, drafter, params, state, **options)

@@ -1,0 +1,89 @@
+"""The only place that makes a mesh, and the table from parameter paths to mesh axes.
+
+Parameter path -> logical axes -> mesh axes. Modules know nothing of it. Every mesh has the axes
+('stage', 'data', 'expert', 'model'), all of type Auto: stock Linen layers fail under Explicit ones.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from backbone.config import ModelConfig
+from backbone.errors import ConfigError
+
+AXES = ('stage', 'data', 'expert', 'model')
+
+# '/'-joined path (of a stacked or unstacked tree) -> logical axes of the trailing dimensions.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r'.*embed/tokens', ('vocab', 'embed')),
+    (r'.*embed/positions', (None, 'embed')),
+    (r'.*embed/project_(in|out)/kernel', (None, None)),
+    (r'.*attn/q/kernel', ('embed', 'heads')),
+    (r'.*attn/[kv]/kernel', ('embed', 'kv_heads')),
+    (r'.*attn/o/kernel', ('heads', 'embed')),
+    (r'.*attn/q/bias', ('heads',)),
+    (r'.*attn/[kv]/bias', ('kv_heads',)),
+    (r'.*mlp/(gate|up)/kernel', ('embed', 'mlp')),
+    (r'.*mlp/down/kernel', ('mlp', 'embed')),
+    (r'.*mlp/(gate|up)/bias', ('mlp',)),
+    (r'.*lm_head/kernel', ('embed', 'vocab')),
+    (r'.*layers/(k|v)', ('batch', 'kv_heads', None, None)),  # the cache
+    (r'.*', ()),
+)
+
+MESH_AXIS = {'vocab': 'model', 'heads': 'model', 'kv_heads': 'model', 'mlp': 'model', 'batch': 'data'}
+
+
+def make_mesh(stage: int = 1, data: int = 1, expert: int = 1, model: int = 1,
+              devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of stage*data*expert*model devices. Errors: ConfigError when there are fewer."""
+    shape = (stage, data, expert, model)
+    devices = jax.devices() if devices is None else list(devices)
+    needed = math.prod(shape)
+    if min(shape) < 1 or needed > len(devices):
+        raise ConfigError(f'mesh {dict(zip(AXES, shape, strict=True))} needs {needed} devices, {len(devices)} are here')
+    return Mesh(np.array(devices[:needed]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def shardings(cfg: ModelConfig, tree: Any, mesh: Mesh, fsdp: bool = False) -> Any:
+    """A NamedSharding for every leaf of a parameter tree or cache (arrays or shape structs).
+
+    fsdp: also split the 'embed' axis over `data`. What an axis does not divide is replicated, with a warning.
+    """
+    def one(path, leaf):
+        name = '/'.join(_key(k) for k in path)
+        axes = next(axes for pattern, axes in RULES if re.fullmatch(pattern, name))
+        axes = (None,) * (len(leaf.shape) - len(axes)) + tuple(axes)
+        return NamedSharding(mesh, P(*(_place(cfg, mesh, a, n, name, fsdp) for a, n in zip(axes, leaf.shape, strict=True))))
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _key(entry: Any) -> str:
+    return str(getattr(entry, 'key', getattr(entry, 'name', getattr(entry, 'idx', entry))))
+
+
+def _place(cfg: ModelConfig, mesh: Mesh, axis: str | None, size: int, name: str, fsdp: bool) -> str | None:
+    target = 'data' if axis == 'embed' and fsdp else MESH_AXIS.get(axis or '')
+    if target is None or mesh.shape[target] == 1:
+        return None
+    # A head is not cut in two: count heads, not columns.
+    units = {'heads': cfg.attention.num_heads, 'kv_heads': cfg.attention.num_kv_heads}.get(axis, size)
+    if units % mesh.shape[target]:
+        warnings.warn(f'{name}: {units} {axis} are not divided by {target}={mesh.shape[target]}; replicated', stacklevel=3)
+        return None
+    return target
+
+
+def start_processes(coordinator: str | None = None, num_processes: int | None = None,
+                    process_id: int | None = None) -> None:
+    """Multi-process start: TPU pods, Slurm and Open MPI are detected by JAX; else give all three."""
+    jax.distributed.initialize(coordinator, num_processes, process_id)

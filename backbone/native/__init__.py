@@ -1,0 +1,63 @@
+"""What a decode step spends its time on, in C, for CPU hosts: a thin matrix product and attention.
+
+Compiled by the machine's C compiler on first use and called by XLA through its foreign function interface.
+Without a compiler everything runs on XLA. Why this exists, with measurements: docs/performance.md.
+
+  doors.c      the two handlers XLA calls        pool.h   threads        vec.h   sixteen floats at a time
+  product.h    y = x w^T for a few rows          attention.h   a few queries over a cache
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+
+from backbone.native import build
+
+Array = jax.Array
+MAX_ROWS = 16  # of one call; beyond it XLA's own products are faster
+_TARGETS = ('headway_matmul', 'headway_attend')
+_DTYPES = (jnp.float32, jnp.bfloat16)
+
+
+@functools.cache
+def problem() -> str | None:
+    """None where the C code works, else one line that says why it does not. Builds and registers it once."""
+    try:
+        library = build.load(pathlib.Path(__file__).parent / 'doors.c', pathlib.Path(jax.ffi.include_dir()),
+                             jaxlib.__version__)
+    except build.NoCompiler as error:
+        return str(error)
+    for name in _TARGETS:
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform='cpu')
+    return None
+
+
+def available() -> bool:
+    return problem() is None
+
+
+def takes_product(rows: int, dtype) -> bool:
+    """Whether `matmul` may be called with that many rows of that type here."""
+    return rows <= MAX_ROWS and dtype in _DTYPES and available()
+
+
+def matmul(x: Array, w: Array) -> Array:
+    """x [m, k] times w [n, k] transposed -> float32 [m, n]. m at most MAX_ROWS, one dtype."""
+    return jax.ffi.ffi_call('headway_matmul', jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.float32))(x, w)
+
+
+def takes_attention(q: Array, k: Array) -> bool:
+    """Whether `attend` may be called with these here."""
+    hd = q.shape[-1]
+    return q.shape[1] <= MAX_ROWS and q.dtype == jnp.float32 and k.dtype in _DTYPES and hd % 16 == 0 \
+        and hd <= 256 and available()
+
+
+def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """q [B, S, H, hd] float32 over k, v [B, KH, C, hd] under mask [B, S, C] -> [B, S, H, hd]."""
+    return jax.ffi.ffi_call('headway_attend', jax.ShapeDtypeStruct(q.shape, jnp.float32))(q, k, v, mask)

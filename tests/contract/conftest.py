@@ -1,0 +1,42 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from backbone.layout import pack
+from backbone.model import PlainTarget
+from harness.baselines import Autoregressive, EarlyExit, Lookahead, PromptLookup, TwoModel
+from harness.decode import generate
+
+NEW = 24
+
+
+@pytest.fixture(scope='session')
+def target(cfg):
+    return PlainTarget(cfg)
+
+
+@pytest.fixture(scope='session')
+def packed(cfg, params):
+    """The same model as it decodes: unstacked and fused. (target, params)"""
+    return PlainTarget(cfg, stacked=False), params | {'base': pack(params['base'])}
+
+
+@pytest.fixture(scope='session')
+def drafters(cfg, small_cfg):
+    return {'prompt_lookup': PromptLookup(4), 'lookahead': Lookahead(5, 3), 'early_exit': EarlyExit(cfg, 2, 3),
+            'two_model': TwoModel(small_cfg, 3)}
+
+
+@pytest.fixture(scope='session')
+def plain(target, params, prompts):
+    """What plain decoding says: the reference of every identity below."""
+    return generate(target, Autoregressive(), params, prompts, max_new_tokens=NEW).tokens
+
+
+@pytest.fixture(scope='session')
+def script(prompts, plain):
+    rows = [p + t for p, t in zip(prompts, plain, strict=True)]
+    table = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for row, ids in enumerate(rows):
+        table[row, :len(ids)] = ids
+    return jnp.array(table)

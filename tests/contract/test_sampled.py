@@ -1,0 +1,149 @@
+"""Contract test 3: what sampled decoding emits follows the target's law exactly.
+
+Five tokens of vocabulary, four emitted: all 625 continuations are enumerated, 20,000 rows are decoded at once,
+and a chi-square statistic compares them. Negative controls, verifiers wrong in the ways people get them
+wrong, must fail the same statistic.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from backbone.contract import Accepted, DenseLaw, Draft
+from backbone.model import PlainTarget, forward
+from backbone.sampling import Sampling, draw, law
+from harness import decode as loop
+from harness import verify as verifier
+from harness.baselines import Autoregressive, EarlyExit, Lookahead, PromptLookup, TwoModel
+from harness.decode import generate
+from tests.conftest import lively, tiny_config
+
+VOCAB, STEPS, ROWS = 5, 4, 20_000
+PROMPT = [1, 3, 1]
+SETTINGS = {'plain': Sampling(1.0), 'warped': Sampling(0.7, top_k=4, top_p=0.9)}
+
+
+@pytest.fixture(scope='module')
+def model():
+    cfg = tiny_config(vocab=VOCAB, hidden=16, layers=2, heads=2, kv_heads=1, max_seq_len=16)
+    small = tiny_config(vocab=VOCAB, hidden=8, layers=1, heads=1, kv_heads=1, max_seq_len=16)
+    return cfg, small, {'base': jax.tree.map(lambda a: 2 * a, lively(cfg, 5)), 'draft': lively(small, 6)}
+
+
+def exact_law(cfg, params, sampling) -> np.ndarray:
+    """Probability of each of VOCAB ** STEPS continuations, by full passes over all of them."""
+    chains = np.array(list(itertools.product(range(VOCAB), repeat=STEPS)))
+    ids = jnp.concatenate([jnp.tile(jnp.array(PROMPT), (len(chains), 1)), chains], axis=1)
+    laws = law(forward(cfg, params['base'], ids), sampling)[:, len(PROMPT) - 1:-1]
+    return np.asarray(jnp.take_along_axis(laws, chains[..., None], -1)[..., 0].prod(-1), np.float64)
+
+
+def drafters(cfg, small):
+    return {'none': Autoregressive(), 'prompt_lookup': PromptLookup(3), 'lookahead': Lookahead(3, 2),
+            'early_exit': EarlyExit(cfg, 1, 2), 'two_model': TwoModel(small, 3)}
+
+
+def chi_square(counts: np.ndarray, probs: np.ndarray) -> tuple[float, int]:
+    """Statistic and degrees of freedom; outcomes expected fewer than five times are pooled."""
+    assert abs(probs.sum() - 1) < 1e-4
+    expected = probs * counts.sum()
+    rare = expected < 5
+    seen = np.append(counts[~rare], counts[rare].sum())
+    want = np.append(expected[~rare], max(expected[rare].sum(), 1e-9))
+    if want[-1] < 5:
+        assert seen[-1] < 30, 'outcomes of (almost) no probability were emitted'
+        seen, want = seen[:-1], want[:-1]
+    return float(((seen - want) ** 2 / want).sum()), len(want) - 1
+
+
+def follows(model, drafter, sampling, seed=0) -> bool:
+    cfg, _, params = model
+    rows = generate(PlainTarget(cfg), drafter, params, [PROMPT] * ROWS, max_new_tokens=STEPS, sampling=sampling,
+                    seed=seed).tokens
+    codes = np.array(rows) @ VOCAB ** np.arange(STEPS)[::-1]
+    statistic, freedom = chi_square(np.bincount(codes, minlength=VOCAB ** STEPS), exact_law(cfg, params, sampling))
+    return statistic < freedom + 5 * np.sqrt(2 * freedom)  # five standard deviations
+
+
+@pytest.mark.parametrize('setting', SETTINGS)
+@pytest.mark.parametrize('name', ('none', 'prompt_lookup', 'lookahead', 'early_exit', 'two_model'))
+def test_output_law_is_the_targets(model, name, setting):
+    assert follows(model, drafters(*model[:2])[name], SETTINGS[setting])
+
+
+def _accept_everything(logits, draft, rng, sampling):
+    last = law(logits[:, -1], sampling)
+    return Accepted(draft.length, draw(last, rng))
+
+
+def _redraw_from_p(logits, draft, rng, sampling):
+    """Forgets the residual: after a rejection draws from p itself."""
+    accepted = verifier.verify_sample(logits, draft, rng, sampling)
+    p = jnp.take_along_axis(law(logits, sampling), accepted.n[:, None, None], axis=1)[:, 0]
+    return accepted.replace(next_token=draw(p, jax.random.fold_in(rng, 1)))
+
+
+def _target_not_warped(logits, draft, rng, sampling):
+    return verifier.verify_sample(logits, draft, rng, Sampling(1.0))
+
+
+def _draft_called_deterministic(logits, draft, rng, sampling):
+    return verifier.verify_sample(logits, draft.replace(law=None), rng, sampling)
+
+
+@pytest.mark.parametrize('wrong', (_accept_everything, _redraw_from_p, _target_not_warped, _draft_called_deterministic))
+def test_wrong_verifiers_are_caught(model, monkeypatch, wrong):
+    monkeypatch.setattr(loop, 'verify', wrong)
+    loop.decode.clear_cache()
+    assert not follows(model, EarlyExit(model[0], 1, 2), SETTINGS['warped'])
+    loop.decode.clear_cache()
+
+
+@dataclasses.dataclass(frozen=True)
+class Unwarped(EarlyExit):
+    """Draws at temperature 1 and reports the warped law: q is not what the token came from."""
+
+    def draft(self, params, cache, state, rng, sampling):
+        draft, cache, state = super().draft(params, cache, state, rng, Sampling(1.0))
+        probs = law(jnp.log(draft.law.probs), sampling)
+        gold = jnp.take_along_axis(probs, draft.tokens[..., None], -1)[..., 0]
+        return draft.replace(law=DenseLaw(probs, gold)), cache, state
+
+
+def test_a_draft_with_the_wrong_law_is_caught(model):
+    assert not follows(model, Unwarped(model[0], 1, 2), SETTINGS['warped'])
+
+
+def test_acceptance_is_one_minus_total_variation():
+    """A draft from q is kept with probability sum min(p, q), whatever p and q."""
+    rng = np.random.default_rng(0)
+    p, q = rng.dirichlet(np.ones(7), 2)
+    rows = 40_000
+    tokens = draw(jnp.tile(q, (rows, 1)), jax.random.key(0))[:, None]
+    probs = jnp.tile(q, (rows, 1, 1))
+    draft = Draft(tokens, jnp.ones(rows, jnp.int32), DenseLaw(probs, jnp.take_along_axis(probs[:, 0], tokens, 1)))
+    logits = jnp.log(jnp.tile(p, (rows, 2, 1)))
+    accepted = verifier.verify_sample(logits, draft, jax.random.key(1), Sampling(1.0))
+    assert abs(float(accepted.n.mean()) - np.minimum(p, q).sum()) < 4 * 0.5 / np.sqrt(rows)
+
+
+def test_equal_laws_reject_nothing():
+    """p == q to the last bit: the residual vanishes and must not divide by zero."""
+    p = jnp.tile(jnp.array([0.2, 0.3, 0.5]), (64, 2, 1))
+    tokens = draw(p[:, 0], jax.random.key(0))[:, None]
+    probs = law(jnp.log(p), Sampling(1.0))
+    draft = Draft(tokens, jnp.ones(64, jnp.int32), DenseLaw(probs[:, :1], jnp.take_along_axis(probs[:, 0], tokens, 1)))
+    accepted = verifier.verify_sample(jnp.log(p), draft, jax.random.key(1), Sampling(1.0))
+    assert accepted.n.tolist() == [1] * 64
+    assert ((accepted.next_token >= 0) & (accepted.next_token < 3)).all()
+
+
+def test_same_seed_same_tokens(model):
+    cfg, _, params = model
+    run = lambda seed: generate(PlainTarget(cfg), EarlyExit(cfg, 1, 2), params, [PROMPT] * 8, max_new_tokens=STEPS,
+                                sampling=Sampling(1.0), seed=seed).tokens
+    assert run(3) == run(3) != run(4)
