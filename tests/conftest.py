@@ -21,7 +21,7 @@ def tiny_config(vocab=97, hidden=32, layers=4, heads=4, kv_heads=2, max_seq_len=
 
 def lively(cfg: ModelConfig, seed: int = 0) -> dict:
     """Random parameters scaled up, so that the next token really depends on the context."""
-    return jax.tree.map(lambda a: 1.5 * a, init_params(cfg, jax.random.key(seed)))
+    return jax.jit(lambda key: jax.tree.map(lambda a: 1.5 * a, init_params(cfg, key)))(jax.random.key(seed))
 
 
 @pytest.fixture(scope='session')

@@ -81,10 +81,10 @@ def test_taps_agree_between_layouts(cfg, params, target, packed):
     two = packed[0].forward(packed[1], tokens, packed[0].init_cache(1, 8, 0), taps=names)
     assert set(one.taps) == set(two.taps) == set(names)
     for name in names:
-        np.testing.assert_allclose(one.taps[name], two.taps[name], atol=1e-5)
+        np.testing.assert_allclose(one.taps[name], two.taps[name], rtol=1e-4, atol=1e-4)
     head = unembed(cfg, params['base'], one.taps['hidden:last'])
-    np.testing.assert_allclose(head, one.logits, atol=1e-6)
-    np.testing.assert_allclose(finish(cfg, params['base'], one.taps['hidden:4']), one.taps['hidden:last'], atol=1e-6)
+    np.testing.assert_allclose(head, one.logits, atol=1e-5)
+    np.testing.assert_allclose(finish(cfg, params['base'], one.taps['hidden:4']), one.taps['hidden:last'], atol=1e-5)
 
 
 def test_masks_silence_heads_and_neurons(cfg, params, target):

@@ -91,15 +91,37 @@ def _target_not_warped(logits, draft, rng, sampling):
     return verifier.verify_sample(logits, draft, rng, Sampling(1.0))
 
 
-def _draft_called_deterministic(logits, draft, rng, sampling):
-    return verifier.verify_sample(logits, draft.replace(law=None), rng, sampling)
+def _accept_where_p_exceeds_q(logits, draft, rng, sampling):
+    """A threshold instead of a coin."""
+    p = jnp.take_along_axis(law(logits, sampling)[:, :-1], draft.tokens[..., None], -1)[..., 0]
+    gold = jnp.where(p > draft.law.gold, 0.0, jnp.inf)
+    return verifier.verify_sample(logits, draft.replace(law=draft.law.replace(gold=gold)), rng, sampling)
 
 
-@pytest.mark.parametrize('wrong', (_accept_everything, _redraw_from_p, _target_not_warped, _draft_called_deterministic))
+def _ratio_upside_down(logits, draft, rng, sampling):
+    p = jnp.take_along_axis(law(logits, sampling)[:, :-1], draft.tokens[..., None], -1)[..., 0]
+    gold = p * p / draft.law.gold  # u * gold < p  <=>  u < q / p
+    return verifier.verify_sample(logits, draft.replace(law=draft.law.replace(gold=gold)), rng, sampling)
+
+
+WRONG = (_accept_everything, _redraw_from_p, _target_not_warped, _accept_where_p_exceeds_q, _ratio_upside_down)
+
+
+@pytest.mark.parametrize('wrong', WRONG)
 def test_wrong_verifiers_are_caught(model, monkeypatch, wrong):
     monkeypatch.setattr(loop, 'verify', wrong)
     loop.decode.clear_cache()
     assert not follows(model, EarlyExit(model[0], 1, 2), SETTINGS['warped'])
+    loop.decode.clear_cache()
+
+
+def test_a_drawn_draft_may_be_called_deterministic(model, monkeypatch):
+    """Not a mistake, though it looks like one: accepting x with p(x) and else drawing from p without x emits
+    q(y) p(y) + (1 - q(y)) p(y) = p(y). It only accepts less."""
+    monkeypatch.setattr(loop, 'verify', lambda logits, draft, rng, sampling: verifier.verify_sample(
+        logits, draft.replace(law=None), rng, sampling))
+    loop.decode.clear_cache()
+    assert follows(model, EarlyExit(model[0], 1, 2), SETTINGS['warped'])
     loop.decode.clear_cache()
 
 

@@ -30,7 +30,7 @@ def test_cache_equals_a_fresh_prefill_after_every_round(target, params, prompts,
         want = fresh(state.cache.tokens[:, :64])
         live = (jnp.arange(64) < state.cache.pos[:, None])[:, None, :, None]
         for got_leaf, want_leaf in zip(jax.tree.leaves(state.cache.layers), jax.tree.leaves(want), strict=True):
-            np.testing.assert_allclose(jnp.where(live, got_leaf, 0), jnp.where(live, want_leaf, 0), atol=2e-5)
+            np.testing.assert_allclose(jnp.where(live, got_leaf, 0), jnp.where(live, want_leaf, 0), atol=1e-4)
         rounds += 1
     assert rounds >= 2
 
@@ -71,26 +71,26 @@ def test_causal_by_gradient(window):
     params, size = lively(cfg), 10
     tokens = jax.random.randint(jax.random.key(2), (1, size), 0, cfg.vocab_size)
 
-    def last(table, s):
-        """Distinct rows per position: the gradient by position is the gradient by row."""
+    def energy(table):
+        """[S]: one number a position. Distinct ids, so the gradient by table row is the gradient by position."""
         p = params | {'embed': {'tokens': table}}
-        return (forward(cfg, p, jnp.arange(size)[None])[0, s] ** 2).sum()
+        return (forward(cfg, p, jnp.arange(size)[None])[0] ** 2).sum(-1)
 
-    table = params['embed']['tokens'][tokens[0]]
+    moved = jnp.abs(jax.jit(jax.jacrev(energy))(params['embed']['tokens'][tokens[0]])).max(-1) > 0
     for s in range(size):
-        moved = jnp.abs(jax.grad(last)(table, s)).max(-1) > 0
         reach = range(size) if window is None else range(s - 2 * (window - 1), size)
-        assert moved.tolist() == [t <= s and t in reach for t in range(size)]
+        assert moved[s].tolist() == [t <= s and t in reach for t in range(size)]
 
 
 def test_cached_blocks_equal_one_pass(target, cfg, params):
     """Step by step, in blocks, and at once: the same logits."""
     tokens = jax.random.randint(jax.random.key(3), (2, 12), 0, cfg.vocab_size)
     want = forward(cfg, params['base'], tokens)
+    step = jax.jit(lambda tokens, cache: target.forward(params, tokens, cache))
     for sizes in ((1,) * 12, (5, 4, 3), (12,)):
         cache, got, at = target.init_cache(2, 16, 0), [], 0
         for size in sizes:
-            output = target.forward(params, tokens[:, at:at + size], cache)
+            output = step(tokens[:, at:at + size], cache)
             got.append(output.logits)
             at += size
             cache = caches.commit(output.cache, jnp.full((2,), size - 1), tokens[:, min(at, 11)])

@@ -33,7 +33,7 @@ def test_eight_devices_equal_one(wide, shape):
     got = jax.jit(lambda p, t: forward(cfg, p, t))(spread, placed)
     np.testing.assert_allclose(got, forward(cfg, base, tokens), atol=1e-5)
     sharded = [a for a in jax.tree.leaves(spread) if not a.sharding.is_fully_replicated]
-    assert len(sharded) >= 8  # it really is spread
+    assert len(sharded) >= 7  # it really is spread: embedding, head, q, o and the MLP at the least
 
 
 @pytest.mark.parametrize('make', (lambda cfg: Autoregressive(), lambda cfg: PromptLookup(3),
