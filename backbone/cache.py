@@ -61,9 +61,18 @@ def init_cache(layers: Any, batch: int, capacity: int) -> Cache:
 
 def write_kv(state: KVState, k: Array, v: Array, pos: Array) -> KVState:
     """Writes a block's k, v [B, S, KH, hd] of one layer at slots pos[b]..pos[b]+S-1."""
-    rows, slots = _block_index(pos, k.shape[1])
-    return KVState(state.k.at[rows, :, slots].set(k.astype(state.k.dtype), mode='drop'),
-                   state.v.at[rows, :, slots].set(v.astype(state.v.dtype), mode='drop'))
+    return KVState(_put(state.k, k, pos), _put(state.v, v, pos))
+
+
+def _put(buffer: Array, new: Array, pos: Array) -> Array:
+    rows, slots = _block_index(pos, new.shape[1])
+    new = new.astype(buffer.dtype)
+    if buffer.dtype != jnp.bfloat16:
+        return buffer.at[rows, :, slots].set(new, mode='drop')
+    # XLA:CPU scatters bfloat16 by way of a float32 copy of the whole buffer; as bits it is done in place.
+    bits = lambda a: jax.lax.bitcast_convert_type(a, jnp.uint16)
+    moved = bits(buffer).at[rows, :, slots].set(bits(new), mode='drop')
+    return jax.lax.bitcast_convert_type(moved, jnp.bfloat16)
 
 
 def write_tokens(cache: Cache, tokens: Array) -> Cache:

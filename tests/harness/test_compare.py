@@ -342,10 +342,10 @@ def test_a_factory_is_refused_by_name(path, kwargs, said):
     (['--workdir=setup.py/out'], 'workdir setup.py/out'),
     (['stray'], 'stray'),
 ])
-def test_the_entrypoint_refuses_in_one_line_with_code_2(flags, said):
-    done = subprocess.run([sys.executable, '-m', 'harness.launch.compare', '--config=configs/compare.py:tiny', *flags],
-                          cwd=ROOT, capture_output=True, text=True)
+def test_the_entrypoint_refuses_in_one_line_with_code_2(tmp_path, flags, said):
+    done = subprocess.run([sys.executable, '-m', 'harness.launch.compare', '--config=configs/compare.py:tiny',
+                           f'--workdir={tmp_path / "out"}', *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith('headway: error:') and said in lines[0]
-    assert not (ROOT / 'out' / 'compare' / '.unfinished').exists()
+    assert not (tmp_path / 'out').exists()
