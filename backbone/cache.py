@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from backbone.bits import from_bits, to_bits
 from backbone.config import ModelConfig
 
 Array = jax.Array
@@ -66,13 +67,8 @@ def write_kv(state: KVState, k: Array, v: Array, pos: Array) -> KVState:
 
 def _put(buffer: Array, new: Array, pos: Array) -> Array:
     rows, slots = _block_index(pos, new.shape[1])
-    new = new.astype(buffer.dtype)
-    if buffer.dtype != jnp.bfloat16:
-        return buffer.at[rows, :, slots].set(new, mode='drop')
-    # XLA:CPU scatters bfloat16 by way of a float32 copy of the whole buffer; as bits it is done in place.
-    bits = lambda a: jax.lax.bitcast_convert_type(a, jnp.uint16)
-    moved = bits(buffer).at[rows, :, slots].set(bits(new), mode='drop')
-    return jax.lax.bitcast_convert_type(moved, jnp.bfloat16)
+    bits = to_bits(buffer).at[rows, :, slots].set(to_bits(new.astype(buffer.dtype)), mode='drop')
+    return from_bits(bits, buffer.dtype)
 
 
 def write_tokens(cache: Cache, tokens: Array) -> Cache:

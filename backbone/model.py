@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from backbone import cache as caches
+from backbone.bits import from_bits, to_bits
 from backbone.config import ModelConfig
 from backbone.contract import Output, Resume
 from backbone.errors import ConfigError
@@ -57,7 +58,8 @@ def abstract_params(cfg: ModelConfig, dtype=jnp.float32) -> dict:
 def embed(cfg: ModelConfig, params: dict, tokens: Array, positions: Array) -> Array:
     """tokens, positions [B, S] -> residual [B, S, d], in the dtype of the norms."""
     table = params['embed']
-    x = table['tokens'][tokens].astype(jax.tree.leaves(_any_norm(params))[0].dtype)
+    rows = from_bits(to_bits(table['tokens'])[tokens], table['tokens'].dtype)
+    x = rows.astype(jax.tree.leaves(_any_norm(params))[0].dtype)
     if cfg.embed_scale is not None:
         x = x * jnp.asarray(cfg.embed_scale, x.dtype)
     if 'project_in' in table:

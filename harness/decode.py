@@ -19,7 +19,7 @@ import numpy as np
 from flax import struct
 
 from backbone import cache as caches
-from backbone.contract import Drafter, Target
+from backbone.contract import Drafter, Output, Target
 from backbone.errors import RequestError
 from backbone.sampling import GREEDY, Sampling, choose
 from harness.verify import verify
@@ -169,21 +169,33 @@ def _start(target, drafter, params, tokens, lengths, limit, seed, options):
 _STATIC = ('target', 'drafter', 'sampling', 'stops')
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, 'capacity'))
 def prefill(target: Target, drafter: Drafter, params: Any, tokens: Array, lengths: Array, limit: Array, rng: Array, *,
             capacity: int, sampling: Sampling, stops: tuple[int, ...]) -> DecodeState:
     """Runs prompts [B, P] of lengths [B] and chooses each row's first new token. limit [B]: total ids a row."""
     batch = tokens.shape[0]
-    rng, first_rng = jax.random.split(rng)
     cache = target.init_cache(batch, capacity, drafter.block)
+    output = run_prompt(target, drafter.needs, params, tokens, cache, lengths)
     state = drafter.init_state(batch, capacity)
-    output = target.forward(params, tokens, cache, taps=drafter.needs, logits_at=lengths - 1)
+    return _first_state(drafter, params, output, state, lengths, limit, rng, sampling, stops)
+
+
+@functools.partial(jax.jit, static_argnames=('target', 'taps'), donate_argnames='cache')
+def run_prompt(target: Target, taps: tuple[str, ...], params: Any, tokens: Array, cache: caches.Cache,
+               lengths: Array) -> Output:
+    """The target's pass over the prompts, with the logits of their last tokens. One program for all drafters."""
+    return target.forward(params, tokens, cache, taps=taps, logits_at=lengths - 1)
+
+
+@functools.partial(jax.jit, static_argnames=('drafter', 'sampling', 'stops'), donate_argnames=('output', 'state'))
+def _first_state(drafter: Drafter, params: Any, output: Output, state: Any, lengths: Array, limit: Array, rng: Array,
+                 sampling: Sampling, stops: tuple[int, ...]) -> DecodeState:
+    rng, first_rng = jax.random.split(rng)
     first = choose(output.logits[:, 0], first_rng, sampling)
     cache = caches.commit(output.cache, lengths - 1, first)
     state = drafter.prefill(params, state, output.replace(cache=cache), lengths - 1)
     finished = _is_stop(first, stops) | (lengths + 1 >= limit)
     zeros = jnp.zeros((drafter.block + 1,), jnp.int32)
-    return DecodeState(cache, state, rng, limit, finished, jnp.zeros((batch,), jnp.int32), zeros, zeros)
+    return DecodeState(cache, state, rng, limit, finished, jnp.zeros_like(lengths), zeros, zeros)
 
 
 def decode_round(target: Target, drafter: Drafter, params: Any, s: DecodeState, sampling: Sampling,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from backbone.errors import HeadwayError, RequestError
 
@@ -48,6 +48,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
 def run(main: Callable[[list[str]], Any]) -> None:
     """Parses flags, calls `main(argv)` with what is left, exits the process by the codes above."""
     def guarded(argv: list[str]) -> Any:
+        logging.set_verbosity(logging.WARNING)  # libraries tell much at INFO: backends they did not find, files they wrote
         try:
             return main(argv)
         except HeadwayError as error:

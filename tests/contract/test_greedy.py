@@ -115,11 +115,11 @@ def test_cache_exactly_full(cfg, params, drafters, name):
 @pytest.mark.parametrize('name', NAMES)
 def test_one_compilation_a_bucket(target, params, drafters, name):
     """Ten prompts of one bucket, one compiled loop and one compiled prefill."""
-    loop.prefill.clear_cache()
+    loop.run_prompt.clear_cache()
     loop.decode.clear_cache()
     for length in range(2, 12):
         generate(target, drafters[name], params, [list(range(1, 1 + length))], max_new_tokens=NEW)
-    assert loop.prefill._cache_size() == 1
+    assert loop.run_prompt._cache_size() == 1
     assert loop.decode._cache_size() == 1
 
 
