@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from backbone.bits import from_bits, to_bits
+from backbone import native as native_code
 from backbone.config import ModelConfig
 
 Array = jax.Array
@@ -60,15 +60,23 @@ def init_cache(layers: Any, batch: int, capacity: int) -> Cache:
     return Cache(jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, capacity + 1), jnp.int32), layers)
 
 
-def write_kv(state: KVState, k: Array, v: Array, pos: Array) -> KVState:
-    """Writes a block's k, v [B, S, KH, hd] of one layer at slots pos[b]..pos[b]+S-1."""
-    return KVState(_put(state.k, k, pos), _put(state.v, v, pos))
+def write_kv(state: KVState, k: Array, v: Array, pos: Array, native: bool = False) -> KVState:
+    """Writes a block's k, v [B, S, KH, hd] of one layer at slots pos[b]..pos[b]+S-1.
+
+    native: the cache of a model packed for one CPU; it may be written in C.
+    """
+    return KVState(_put(state.k, k, pos, native), _put(state.v, v, pos, native))
 
 
-def _put(buffer: Array, new: Array, pos: Array) -> Array:
+def _put(buffer: Array, new: Array, pos: Array, native: bool) -> Array:
+    if native and native_code.takes_store(buffer, new):
+        return jax.lax.platform_dependent(buffer, new, pos, cpu=native_code.store, default=_scatter)
+    return _scatter(buffer, new, pos)
+
+
+def _scatter(buffer: Array, new: Array, pos: Array) -> Array:
     rows, slots = _block_index(pos, new.shape[1])
-    bits = to_bits(buffer).at[rows, :, slots].set(to_bits(new.astype(buffer.dtype)), mode='drop')
-    return from_bits(bits, buffer.dtype)
+    return buffer.at[rows, :, slots].set(new.astype(buffer.dtype), mode='drop')
 
 
 def write_tokens(cache: Cache, tokens: Array) -> Cache:

@@ -258,7 +258,7 @@ def read_write(state: KVState | None, k: Array, v: Array, ctx: Context) -> tuple
     """
     if state is None:
         return k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), None
-    state = write_kv(state, k, v, ctx.pos)
+    state = write_kv(state, k, v, ctx.pos, ctx.native)
     return state.k, state.v, state
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from backbone import cache as caches
-from backbone.bits import from_bits, to_bits
+from backbone import native
 from backbone.config import ModelConfig
 from backbone.contract import Output, Resume
 from backbone.errors import ConfigError
@@ -58,8 +58,7 @@ def abstract_params(cfg: ModelConfig, dtype=jnp.float32) -> dict:
 def embed(cfg: ModelConfig, params: dict, tokens: Array, positions: Array) -> Array:
     """tokens, positions [B, S] -> residual [B, S, d], in the dtype of the norms."""
     table = params['embed']
-    rows = from_bits(to_bits(table['tokens'])[tokens], table['tokens'].dtype)
-    x = rows.astype(jax.tree.leaves(_any_norm(params))[0].dtype)
+    x = _rows(params, tokens).astype(jax.tree.leaves(_any_norm(params))[0].dtype)
     if cfg.embed_scale is not None:
         x = x * jnp.asarray(cfg.embed_scale, x.dtype)
     if 'project_in' in table:
@@ -67,6 +66,18 @@ def embed(cfg: ModelConfig, params: dict, tokens: Array, positions: Array) -> Ar
     if 'positions' in table:
         x = x + table['positions'][positions + cfg.position_offset].astype(x.dtype)
     return x
+
+
+def _rows(params: dict, ids: Array) -> Array:
+    """Embedding rows of ids [B, S]. Packed for a CPU they are taken in C: XLA:CPU gathers from bfloat16 by way of
+    a float32 copy of the whole table."""
+    table = params['embed']['tokens']
+    packed = 'kernel_t' in params.get('lm_head', {})
+    if not (packed and table.dtype == jnp.bfloat16 and native.available()):
+        return table[ids]
+    flat = jax.lax.platform_dependent(table, ids.reshape(-1), cpu=native.rows,
+                                      default=lambda t, i: t[i].astype(jnp.float32))
+    return flat.reshape(*ids.shape, -1)
 
 
 def _any_norm(params: dict) -> dict:

@@ -1,10 +1,12 @@
-"""What a decode step spends its time on, in C, for CPU hosts: a thin matrix product and attention.
+"""What a decode step spends its time on, in C, for CPU hosts: a thin matrix product, attention, the cache,
+the embedding.
 
 Compiled by the machine's C compiler on first use and called by XLA through its foreign function interface.
 Without a compiler everything runs on XLA. Why this exists, with measurements: docs/performance.md.
 
-  doors.c      the two handlers XLA calls        pool.h   threads        vec.h   sixteen floats at a time
+  doors.c      the handlers XLA calls        pool.h   threads        vec.h   sixteen floats at a time
   product.h    y = x w^T for a few rows          attention.h   a few queries over a cache
+  store.h      a block into the cache
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from backbone.native import build
 
 Array = jax.Array
 MAX_ROWS = 16  # of one call; beyond it XLA's own products are faster
-_TARGETS = ('headway_matmul', 'headway_attend')
+_TARGETS = ('headway_matmul', 'headway_attend', 'headway_store', 'headway_rows')
 _DTYPES = (jnp.float32, jnp.bfloat16)
 
 
@@ -61,3 +63,19 @@ def takes_attention(q: Array, k: Array) -> bool:
 def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     """q [B, S, H, hd] float32 over k, v [B, KH, C, hd] under mask [B, S, C] -> [B, S, H, hd]."""
     return jax.ffi.ffi_call('headway_attend', jax.ShapeDtypeStruct(q.shape, jnp.float32))(q, k, v, mask)
+
+
+def takes_store(cache: Array, block: Array) -> bool:
+    """Whether `store` may be called with these here."""
+    return cache.dtype in _DTYPES and block.dtype == jnp.float32 and available()
+
+
+def store(cache: Array, block: Array, pos: Array) -> Array:
+    """Block [B, S, KH, hd] float32 into cache [B, KH, C, hd] at slots pos[b].., in place; the rest is dropped."""
+    call = jax.ffi.ffi_call('headway_store', jax.ShapeDtypeStruct(cache.shape, cache.dtype), input_output_aliases={0: 0})
+    return call(cache, block, pos)
+
+
+def rows(table: Array, ids: Array) -> Array:
+    """table [V, d] at ids [n] int32 -> float32 [n, d]."""
+    return jax.ffi.ffi_call('headway_rows', jax.ShapeDtypeStruct((ids.shape[0], table.shape[1]), jnp.float32))(table, ids)

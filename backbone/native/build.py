@@ -12,14 +12,11 @@ import shutil
 import subprocess
 import tempfile
 
+from backbone.catalogue import cache_dir
+
 
 class NoCompiler(Exception):
     """There is no working C compiler, or no place to put what it makes; the message says which."""
-
-
-def cache_dir() -> pathlib.Path:
-    """Where compiled helpers and fetched files are kept: HEADWAY_CACHE, else ~/.cache/headway."""
-    return pathlib.Path(os.environ.get('HEADWAY_CACHE') or '~/.cache/headway').expanduser()
 
 
 @functools.cache

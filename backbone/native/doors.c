@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "product.h"
+#include "store.h"
 #include "xla/ffi/api/c_api.h"
 
 static XLA_FFI_Error *fail(const XLA_FFI_Api *api, const char *message) {
@@ -54,4 +55,48 @@ XLA_FFI_Error *headway_attend(XLA_FFI_CallFrame *frame) {
   Attention a = {q->data, k->data, v->data, mask->data, y->data, 0, q->dims[0], q->dims[1], q->dims[2],
                  k->dims[1], k->dims[2], k->dims[3], k->dtype == XLA_FFI_DataType_BF16};
   return attention(a) ? fail(frame->api, "headway_attend: out of memory") : 0;
+}
+
+/* Arguments cache [b, kh, c, hd] float32 or bfloat16, block [b, s, kh, hd] float32, pos [b] int32; the result is the
+ * cache, in the same memory where XLA grants the alias. */
+XLA_FFI_Error *headway_store(XLA_FFI_CallFrame *frame) {
+  if (answered_metadata(frame)) return 0;
+  if (frame->args.size != 3 || frame->rets.size != 1) return fail(frame->api, "headway_store: wrong arity");
+  const XLA_FFI_Buffer *cache = frame->args.args[0], *block = frame->args.args[1], *pos = frame->args.args[2],
+                       *result = frame->rets.rets[0];
+  if (cache->rank != 4 || block->rank != 4 || pos->rank != 1 || !is_weight_type(cache->dtype) ||
+      result->dtype != cache->dtype || block->dtype != XLA_FFI_DataType_F32 || pos->dtype != XLA_FFI_DataType_S32 ||
+      block->dims[0] != cache->dims[0] || block->dims[2] != cache->dims[1] || block->dims[3] != cache->dims[3] ||
+      pos->dims[0] != cache->dims[0])
+    return fail(frame->api, "headway_store: wants cache [b, kh, c, hd], block [b, s, kh, hd], pos [b]");
+  int bf16 = cache->dtype == XLA_FFI_DataType_BF16;
+  if (result->data != cache->data) {
+    size_t bytes = bf16 ? 2 : 4;
+    for (int i = 0; i < 4; i++) bytes *= (size_t)cache->dims[i];
+    memcpy(result->data, cache->data, bytes);
+  }
+  store(&(Store){block->data, pos->data, result->data, cache->dims[0], block->dims[1], cache->dims[1],
+                 cache->dims[2], cache->dims[3], bf16});
+  return 0;
+}
+
+/* Arguments table [v, d] float32 or bfloat16, ids [n] int32; result [n, d] float32. An id outside is clamped. */
+XLA_FFI_Error *headway_rows(XLA_FFI_CallFrame *frame) {
+  if (answered_metadata(frame)) return 0;
+  if (frame->args.size != 2 || frame->rets.size != 1) return fail(frame->api, "headway_rows: wrong arity");
+  const XLA_FFI_Buffer *table = frame->args.args[0], *ids = frame->args.args[1], *y = frame->rets.rets[0];
+  if (table->rank != 2 || ids->rank != 1 || y->rank != 2 || !is_weight_type(table->dtype) ||
+      ids->dtype != XLA_FFI_DataType_S32 || y->dtype != XLA_FFI_DataType_F32 || table->dims[1] != y->dims[1])
+    return fail(frame->api, "headway_rows: wants table [v, d] and ids [n]");
+  int64_t width = table->dims[1], last = table->dims[0] - 1;
+  for (int64_t i = 0; i < ids->dims[0]; i++) {
+    int64_t id = ((const int32_t *)ids->data)[i];
+    id = id < 0 ? 0 : id > last ? last : id;
+    float *to = (float *)y->data + i * width;
+    if (table->dtype == XLA_FFI_DataType_F32)
+      memcpy(to, (const float *)table->data + id * width, sizeof(float) * (size_t)width);
+    else
+      for (int64_t j = 0; j < width; j++) to[j] = bf16_to_f32(((const uint16_t *)table->data)[id * width + j]);
+  }
+  return 0;
 }
