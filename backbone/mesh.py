@@ -63,7 +63,8 @@ def shardings(cfg: ModelConfig, tree: Any, mesh: Mesh, fsdp: bool = False) -> An
         name = '/'.join(_key(k) for k in path)
         axes = next(axes for pattern, axes in RULES if re.fullmatch(pattern, name))
         axes = (None,) * (len(leaf.shape) - len(axes)) + tuple(axes)
-        return NamedSharding(mesh, P(*(_place(cfg, mesh, a, n, name, fsdp) for a, n in zip(axes, leaf.shape, strict=True))))
+        places = [_place(cfg, mesh, axis, size, name, fsdp) for axis, size in zip(axes, leaf.shape, strict=True)]
+        return NamedSharding(mesh, P(*places))
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
@@ -78,7 +79,8 @@ def _place(cfg: ModelConfig, mesh: Mesh, axis: str | None, size: int, name: str,
     # A head is not cut in two: count heads, not columns.
     units = {'heads': cfg.attention.num_heads, 'kv_heads': cfg.attention.num_kv_heads}.get(axis, size)
     if units % mesh.shape[target]:
-        warnings.warn(f'{name}: {units} {axis} are not divided by {target}={mesh.shape[target]}; replicated', stacklevel=3)
+        warnings.warn(f'{name}: {units} {axis} are not divided by {target}={mesh.shape[target]}; replicated',
+                      stacklevel=3)
         return None
     return target
 

@@ -5,11 +5,11 @@ import os
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
-from backbone.config import AttentionConfig, MlpConfig, ModelConfig  # noqa: E402
-from backbone.model import init_params  # noqa: E402
+from backbone.config import AttentionConfig, MlpConfig, ModelConfig
+from backbone.model import init_params
 
 jax.config.update('jax_default_matmul_precision', 'highest')
 

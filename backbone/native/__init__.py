@@ -72,10 +72,11 @@ def takes_store(cache: Array, block: Array) -> bool:
 
 def store(cache: Array, block: Array, pos: Array) -> Array:
     """Block [B, S, KH, hd] float32 into cache [B, KH, C, hd] at slots pos[b].., in place; the rest is dropped."""
-    call = jax.ffi.ffi_call('headway_store', jax.ShapeDtypeStruct(cache.shape, cache.dtype), input_output_aliases={0: 0})
-    return call(cache, block, pos)
+    result = jax.ShapeDtypeStruct(cache.shape, cache.dtype)
+    return jax.ffi.ffi_call('headway_store', result, input_output_aliases={0: 0})(cache, block, pos)
 
 
 def rows(table: Array, ids: Array) -> Array:
     """table [V, d] at ids [n] int32 -> float32 [n, d]."""
-    return jax.ffi.ffi_call('headway_rows', jax.ShapeDtypeStruct((ids.shape[0], table.shape[1]), jnp.float32))(table, ids)
+    result = jax.ShapeDtypeStruct((ids.shape[0], table.shape[1]), jnp.float32)
+    return jax.ffi.ffi_call('headway_rows', result)(table, ids)

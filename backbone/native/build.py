@@ -38,8 +38,8 @@ def load(source: pathlib.Path, include: pathlib.Path | None = None, version: str
             library.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
                 built = pathlib.Path(scratch) / library.name
-                subprocess.run([compiler, '-O3', '-march=native', '-ffp-contract=fast', '-Wno-psabi', '-pthread', '-shared', '-fPIC',
-                                *includes, '-o', str(built), str(source)],
+                subprocess.run([compiler, '-O3', '-march=native', '-ffp-contract=fast', '-Wno-psabi', '-pthread', '-shared',
+                                '-fPIC', *includes, '-o', str(built), str(source)],
                                check=True, capture_output=True, text=True, timeout=120)
                 built.rename(library)
         except subprocess.CalledProcessError as error:

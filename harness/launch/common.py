@@ -48,7 +48,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
 def run(main: Callable[[list[str]], Any]) -> None:
     """Parses flags, calls `main(argv)` with what is left, exits the process by the codes above."""
     def guarded(argv: list[str]) -> Any:
-        logging.set_verbosity(logging.WARNING)  # libraries tell much at INFO: backends they did not find, files they wrote
+        logging.set_verbosity(logging.WARNING)  # at INFO libraries tell of every file and missing backend
         try:
             return main(argv)
         except HeadwayError as error:

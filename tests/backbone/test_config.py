@@ -10,7 +10,8 @@ def test_dict_round_trip():
     assert ModelConfig.from_dict(cfg.to_dict()) == cfg
 
 
-@pytest.mark.parametrize(('path', 'named'), ((('hidden_sise',), 'hidden_sise'), (('attention', 'heads'), 'attention.heads')))
+@pytest.mark.parametrize(('path', 'named'), ((('hidden_sise',), 'hidden_sise'),
+                                             (('attention', 'heads'), 'attention.heads')))
 def test_unknown_key_is_named_by_its_path(path, named):
     data = tiny_config().to_dict()
     inner = data

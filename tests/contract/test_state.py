@@ -9,8 +9,8 @@ from backbone import cache as caches
 from backbone.model import PlainTarget, forward
 from backbone.sampling import GREEDY, Sampling
 from harness import decode as loop
-from tests.contract.test_greedy import NAMES
 from tests.conftest import lively, tiny_config
+from tests.contract.test_greedy import NAMES
 
 
 @pytest.mark.parametrize('sampling', (GREEDY, Sampling(1.0)), ids=('greedy', 'sampled'))
