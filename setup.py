@@ -18,7 +18,7 @@ setup(
     python_requires='>=3.11',
     packages=find_packages(include=['backbone*', 'harness*', 'stagformer*', 'm2r2*', 'tensorhead*', 'rad*',
                                     'sparsity*', 'pallas_kernels*', 'configs*']),
-    package_data={'harness': ['native/*', 'templates/*']},
+    package_data={'backbone': ['native/*.c', 'native/*.h'], 'harness': ['native/*', 'templates/*']},
     install_requires=[
         'jax>=0.10,<0.13', 'flax>=0.12', 'optax', 'orbax-checkpoint', 'grain', 'tensorflow-datasets', 'absl-py',
         'ml_collections', 'tokenizers', 'safetensors', 'gguf', 'tqdm', 'tensorboardX', 'matplotlib', 'jinja2',

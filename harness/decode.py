@@ -176,7 +176,8 @@ def prefill(target: Target, drafter: Drafter, params: Any, tokens: Array, length
     cache = target.init_cache(batch, capacity, drafter.block)
     output = run_prompt(target, drafter.needs, params, tokens, cache, lengths)
     state = drafter.init_state(batch, capacity)
-    return _first_state(drafter, params, output, state, lengths, limit, rng, sampling, stops)
+    return _first_state(drafter, params, output.cache, output.replace(cache=None), state, lengths, limit, rng,
+                        sampling, stops)
 
 
 @functools.partial(jax.jit, static_argnames=('target', 'taps'), donate_argnames='cache')
@@ -186,12 +187,12 @@ def run_prompt(target: Target, taps: tuple[str, ...], params: Any, tokens: Array
     return target.forward(params, tokens, cache, taps=taps, logits_at=lengths - 1)
 
 
-@functools.partial(jax.jit, static_argnames=('drafter', 'sampling', 'stops'), donate_argnames=('output', 'state'))
-def _first_state(drafter: Drafter, params: Any, output: Output, state: Any, lengths: Array, limit: Array, rng: Array,
-                 sampling: Sampling, stops: tuple[int, ...]) -> DecodeState:
+@functools.partial(jax.jit, static_argnames=('drafter', 'sampling', 'stops'), donate_argnames=('cache', 'state'))
+def _first_state(drafter: Drafter, params: Any, cache: caches.Cache, output: Output, state: Any, lengths: Array,
+                 limit: Array, rng: Array, sampling: Sampling, stops: tuple[int, ...]) -> DecodeState:
     rng, first_rng = jax.random.split(rng)
     first = choose(output.logits[:, 0], first_rng, sampling)
-    cache = caches.commit(output.cache, lengths - 1, first)
+    cache = caches.commit(cache, lengths - 1, first)
     state = drafter.prefill(params, state, output.replace(cache=cache), lengths - 1)
     finished = _is_stop(first, stops) | (lengths + 1 >= limit)
     zeros = jnp.zeros((drafter.block + 1,), jnp.int32)

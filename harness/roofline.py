@@ -175,6 +175,9 @@ _VIEWS = {'convert_element_type', 'reshape', 'transpose', 'squeeze', 'broadcast_
 _PRODUCTS = {'dot_general', 'conv_general_dilated', 'ragged_dot', 'ragged_dot_general'}
 
 
+_MOVES = ('headway_rows', 'headway_store')
+
+
 def matmul_bytes(fn: Callable, *args: Any, **kwargs: Any) -> float:
     """Bytes of the operands of every matrix product that fn(*args, **kwargs) runs, each counted at each use.
 
@@ -200,6 +203,8 @@ def _count(jaxpr, sources: dict) -> float:
         elif name in _VIEWS:
             for var, out in zip(eqn.invars, eqn.outvars, strict=False):
                 sources[out] = sources.get(var, var.aval.dtype) if not isinstance(var, core.Literal) else var.aval.dtype
+        elif name == 'ffi_call' and eqn.params['target_name'] in _MOVES:
+            continue  # no product: like XLA's own gathers and scatters
         elif name in ('pallas_call', 'ffi_call'):  # the project's own kernels: they read what they are given
             total += sum(_stored_bytes(v, sources) for v in eqn.invars)
         else:

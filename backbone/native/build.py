@@ -19,6 +19,9 @@ class NoCompiler(Exception):
     """There is no working C compiler, or no place to put what it makes; the message says which."""
 
 
+FLAGS = ('-O3', '-march=native', '-ffp-contract=fast', '-Wno-psabi', '-pthread', '-shared', '-fPIC')
+
+
 @functools.cache
 def load(source: pathlib.Path, include: pathlib.Path | None = None, version: str = '') -> ctypes.CDLL:
     """The shared library of `source`, built with -march=native. `version`: of what `include` belongs to.
@@ -38,8 +41,7 @@ def load(source: pathlib.Path, include: pathlib.Path | None = None, version: str
             library.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
                 built = pathlib.Path(scratch) / library.name
-                subprocess.run([compiler, '-O3', '-march=native', '-ffp-contract=fast', '-Wno-psabi', '-pthread', '-shared',
-                                '-fPIC', *includes, '-o', str(built), str(source)],
+                subprocess.run([compiler, *FLAGS, *includes, '-o', str(built), str(source)],
                                check=True, capture_output=True, text=True, timeout=120)
                 built.rename(library)
         except subprocess.CalledProcessError as error:
