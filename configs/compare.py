@@ -5,7 +5,7 @@
 
 Prints the table and one verdict a row; writes results.json, report.html and PNGs to the workdir. Under 5 minutes on two
 cores once the model is there (the first run also compiles; a second takes about half). Any key can be set:
-`--config.max_new_tokens=128 --config.methods.prompt_lookup.kwargs.block=7 --config.price_per_hour=0.4`.
+`--config.max_new_tokens=128 --config.methods.prompt_lookup.kwargs.block=5 --config.price_per_hour=0.4`.
 `--config=configs/compare.py:tiny` runs the same on a random model of 2 layers in under a minute.
 """
 
@@ -41,7 +41,7 @@ def get_config(variant: str = '') -> ConfigDict:
         'price_per_hour': 0.10,  # USD for the whole machine: an assumption (2 cloud vCPUs), set your own
         'methods': {
             'plain': method('harness.baselines.Autoregressive'),
-            'prompt_lookup': method('harness.baselines.PromptLookup', block=7, max_ngram=3),
+            'prompt_lookup': method('harness.baselines.PromptLookup', block=3, max_ngram=3),
             # Untrained exits agree with the last layer too rarely to pay at any depth; this one loses least.
             'early_exit': method('harness.baselines.EarlyExit', layer=28, block=1),
         },

@@ -173,8 +173,6 @@ def step_time(config: ModelConfig, device: Device, *, batch: int = 1, k_tokens: 
 _VIEWS = {'convert_element_type', 'reshape', 'transpose', 'squeeze', 'broadcast_in_dim', 'slice', 'dynamic_slice',
           'expand_dims', 'copy', 'optimization_barrier'}
 _PRODUCTS = {'dot_general', 'conv_general_dilated', 'ragged_dot', 'ragged_dot_general'}
-
-
 _MOVES = ('headway_rows', 'headway_store')
 
 
