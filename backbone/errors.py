@@ -27,3 +27,35 @@ class TokenizerError(HeadwayError):
 
 class RequestError(HeadwayError):
     """A request that cannot be decoded: empty prompt, beyond the context, unknown drafter."""
+
+
+class TrainingDiverged(HeadwayError):
+    """Loss or gradient was not finite for too many steps in a row."""
+
+
+class CheckpointError(HeadwayError):
+    """A checkpoint of a training run cannot be written or read."""
+
+
+class NoValidCheckpoint(CheckpointError):
+    """There are checkpoints, or one was asked for, and none can be used; the message says why of each."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """A sound checkpoint of another model; the message names the leaves that differ."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint or a metrics row could not be written; what was saved before is untouched."""
+
+
+class FingerprintMismatch(ConfigError):
+    """A working directory belongs to another config; the message names the fields that differ."""
+
+
+class CompilerMissing(HeadwayError):
+    """The compiler of hardware that is not here (libtpu, the CUDA plugin) is not installed."""
+
+
+class DataError(HeadwayError):
+    """Training data are missing, empty or damaged, or do not fit the vocabulary or the batch."""

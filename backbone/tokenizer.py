@@ -20,11 +20,13 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
+import numpy as np
 import tokenizers
 
 from backbone import vocabulary
 from backbone.errors import TokenizerError
 
+END_OF_TEXT = '<|endoftext|>'
 PADDING_ROWS = 1024  # published models pad their embedding table by up to some hundred rows
 
 
@@ -66,6 +68,24 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise TokenizerError(f'the text is not valid Unicode at character {error.start}') from error
         return self.backend.encode(text, add_special_tokens=add_special).ids
+
+    @functools.cached_property
+    def byte_ids(self) -> np.ndarray | None:
+        """[256] int32, the token of each byte, of a vocabulary that only has those (and special ones); else None."""
+        ids = {piece: i for i, piece in enumerate(self.pieces) if i not in self.special_ids}
+        single = [ids.get(bytes([byte])) for byte in range(256)]
+        whole = None not in single and len(ids) == 256 and vocabulary.merges_nothing(self.backend)
+        return np.array(single, np.int32) if whole else None
+
+    def encode_bytes(self, data: bytes) -> np.ndarray:
+        """Token ids [n] int32 of raw text: exact for a vocabulary of bytes, at the speed of a copy.
+
+        Nothing is added, and in a vocabulary of bytes nothing stands for a special token. Any other vocabulary reads
+        bytes that are not UTF-8 as U+FFFD.
+        """
+        if self.byte_ids is not None:
+            return self.byte_ids[np.frombuffer(data, np.uint8)]
+        return np.array(self.encode(data.decode('utf-8', errors='replace'), add_special=False), np.int32)
 
     def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False) -> bytes:
         """The exact bytes. Errors: TokenizerError for an id outside the vocabulary."""
@@ -217,6 +237,17 @@ def _write(path: Path, text: str) -> None:
         except BaseException:
             os.unlink(sink.name)
             raise
+
+
+def from_merges(tokens: Sequence[str], merges: Sequence[str]) -> Tokenizer:
+    """Byte-level BPE of GPT-2's kind that ends a text with `END_OF_TEXT`, which must be one of the tokens."""
+    types = [vocabulary.CONTROL if token == END_OF_TEXT else vocabulary.NORMAL for token in tokens]
+    return Tokenizer(vocabulary.byte_level(tokens, merges, types, 'gpt-2'), None, (tokens.index(END_OF_TEXT),))
+
+
+def of_bytes() -> Tokenizer:
+    """A vocabulary of 257: id b is byte b, 256 ends a text."""
+    return from_merges([*vocabulary.byte_tokens(), END_OF_TEXT], [])
 
 
 def from_gguf_metadata(metadata: Mapping[str, Any]) -> Tokenizer:

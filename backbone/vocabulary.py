@@ -158,6 +158,17 @@ def _alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in kept} | {chr(256 + i): byte for i, byte in enumerate(moved)}
 
 
+def byte_tokens() -> list[str]:
+    """Token b of 256: byte b in that alphabet."""
+    return sorted(_alphabet(), key=_alphabet().get)
+
+
+def merges_nothing(backend: tokenizers.Tokenizer) -> bool:
+    """True where each byte of a text is a token of its own, whatever stands beside it."""
+    model = json.loads(backend.to_str())['model']
+    return is_byte_level(backend) and backend.normalizer is None and not model.get('merges')
+
+
 def pieces(backend: tokenizers.Tokenizer, size: int) -> list[bytes]:
     """The bytes each id stands for; ids no token has are empty."""
     found = [b''] * size
