@@ -23,6 +23,7 @@ import jax
 from flax import struct
 
 from backbone.cache import Cache
+from backbone.config import ModelConfig
 from backbone.sampling import Sampling
 
 Array = jax.Array
@@ -135,17 +136,30 @@ class Drafter(Protocol):
 
     def draft(self, params: Params, cache: Cache, state: Any, rng: Array,
               sampling: Sampling) -> tuple[Draft, Cache, Any]:
-        """May run target layers; then it writes their slots and returns them as `draft.resume`."""
+        """May run target layers; then it writes their slots and returns them as `draft.resume`.
+
+        rng: one key, or one a row [B]; `draw`, `split`, `fold_in` and `uniform` of backbone.sampling take either.
+        """
 
     def commit(self, params: Params, state: Any, output: Output, n: Array) -> Any:
         """Positions 0..n[B] of the block were kept (n = -1: none, the row is finished)."""
 
 
 class Task(Protocol):
-    """What is trained. `trainable`: regexes that must fully match '/'-joined parameter paths."""
+    """What is trained. Frozen and hashable. `cfg` is the base's ModelConfig: shardings and FLOPs are read off it.
 
+    trainable: regexes that must fully match '/'-joined parameter paths; every other leaf is frozen: no gradient, no
+    optimiser state, the same bits afterwards. A batch is a dict of [B, S] arrays (docs/data.md).
+    Optional: `target`, the Target that decodes the parameters for samples; `load() -> tree` of numpy leaves that come
+    from files and replace those of `init` (a frozen base), checked against their shapes.
+    """
+
+    cfg: ModelConfig
     trainable: tuple[str, ...]
 
-    def init(self, rng: Array) -> Params: ...
+    def init(self, rng: Array) -> Params:
+        """Pure: it is traced, and made directly in the mesh's shardings."""
 
-    def loss(self, params: Params, batch: dict[str, Array], rng: Array) -> tuple[Array, dict[str, Array]]: ...
+    def loss(self, params: Params, batch: dict[str, Array], rng: Array) -> tuple[Array, dict[str, Array]]:
+        """(loss, metrics). metrics['weight'] is what microbatches and evaluation batches are averaged by (tokens
+        counted; 1 where it is missing); metrics['nll'], nats a token, becomes perplexity and bits a byte."""

@@ -7,6 +7,7 @@ at least float32.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -48,21 +49,60 @@ def law(logits: jax.Array, sampling: Sampling) -> jax.Array:
         return jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=logits.dtype)
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
-        kth = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
+        logits = _keep_best(logits, jnp.ones(logits.shape, jnp.int32), sampling.top_k)
     if sampling.top_p < 1:
-        descending = jnp.sort(logits, axis=-1, descending=True)
-        mass = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1)
-        # A token stays while the mass strictly before it is below top_p, so the first always stays.
-        kept = jnp.concatenate([jnp.zeros_like(mass[..., :1]), mass[..., :-1]], -1) < sampling.top_p
-        cutoff = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < cutoff, -jnp.inf, logits)
+        # A token stays while the mass of the likelier ones is below top_p, so the first always stays.
+        logits = _keep_best(logits, jax.nn.softmax(logits, axis=-1), sampling.top_p)
     return jax.nn.softmax(logits, axis=-1)
+
+
+def _keep_best(logits: jax.Array, weights: jax.Array, limit: float) -> jax.Array:
+    """Logits [..., V] with -inf where the weights of all larger ones come to `limit` or more; equal ones stay together.
+
+    The smallest logit that stays is found by bisection over the bits of a float, which are ordered as the floats are:
+    some tens of passes over the row. Sorting it would be most of a sampled step on a CPU.
+    """
+    kind = jnp.dtype(f'int{8 * logits.dtype.itemsize}')
+    bits = jax.lax.bitcast_convert_type(jnp.where(logits == 0, 0, logits), kind)  # -0 is 0
+    order = jnp.where(bits < 0, bits ^ jnp.iinfo(kind).max, bits)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low & high) + ((low ^ high) >> 1)
+        few = jnp.where(order > middle, weights, 0).sum(-1, keepdims=True) < limit
+        return jnp.where(few, low, middle + 1), jnp.where(few, middle, high)
+
+    low = jnp.full((*logits.shape[:-1], 1), jnp.iinfo(kind).min, kind)
+    _, smallest = jax.lax.fori_loop(0, 8 * kind.itemsize, halve, (low, jnp.full_like(low, jnp.iinfo(kind).max)))
+    return jnp.where(order < smallest, -jnp.inf, logits)
+
+
+# Randomness: `rng` is one key, or one key a row [B]. With a key a row, what a row draws is its own, whatever rows are
+# decoded beside it. These take either; jax.random takes one key only.
 
 
 def draw(probs: jax.Array, rng: jax.Array) -> jax.Array:
     """One token a row from probabilities [..., V]; a row need not be normalised."""
-    return jax.random.categorical(rng, jnp.log(probs), axis=-1).astype(jnp.int32)
+    return _each(lambda key, p: jax.random.categorical(key, jnp.log(p), axis=-1).astype(jnp.int32), rng, probs)
+
+
+def split(rng: jax.Array, count: int = 2) -> tuple[jax.Array, ...]:
+    """`count` independent ones, each of the shape of `rng`."""
+    return _each(lambda key: tuple(jax.random.split(key, count)), rng)
+
+
+def fold_in(rng: jax.Array, number: jax.Array | int) -> jax.Array:
+    """One that depends on `number` too."""
+    return _each(lambda key: jax.random.fold_in(key, number), rng)
+
+
+def uniform(rng: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    """[B, ...] in [0, 1)."""
+    return _each(lambda key: jax.random.uniform(key, shape[rng.ndim:], dtype), rng)
+
+
+def _each(function: Callable, rng: jax.Array, *rows: jax.Array):
+    return jax.vmap(function)(rng, *rows) if rng.ndim else function(rng, *rows)
 
 
 def choose(logits: jax.Array, rng: jax.Array, sampling: Sampling) -> jax.Array:

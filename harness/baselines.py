@@ -20,7 +20,7 @@ from backbone.config import ModelConfig
 from backbone.contract import DenseLaw, Draft, Output, Resume
 from backbone.errors import ConfigError
 from backbone.model import PlainTarget, cache_context, embed, finish, run_layers, unembed
-from backbone.sampling import Sampling, draw, law
+from backbone.sampling import Sampling, draw, fold_in, law
 
 Array = jax.Array
 
@@ -184,7 +184,7 @@ class EarlyExit(Stateless):
         def step(carry, i):
             cache, token = carry
             cache, hidden = early(cache, token, i)
-            token, probs = _propose(unembed(cfg, base, finish(cfg, base, hidden)), jax.random.fold_in(rng, i), sampling)
+            token, probs = _propose(unembed(cfg, base, finish(cfg, base, hidden)), fold_in(rng, i), sampling)
             return (cache, token), (hidden, token, probs)
 
         (cache, last), (hidden, tokens, probs) = jax.lax.scan(step, (cache, cache.pending), jnp.arange(self.block))
@@ -223,7 +223,7 @@ class TwoModel(Stateless):
         def step(carry, i):
             own, token = carry
             output = self._run(params, token[:, None], caches.ahead(own, i))
-            token, probs = _propose(output.logits[:, 0], jax.random.fold_in(rng, i), sampling)
+            token, probs = _propose(output.logits[:, 0], fold_in(rng, i), sampling)
             return (output.cache.replace(pos=own.pos), token), (token, probs)
 
         # One step more than the block: the last draft is run too, so its slot is there if all are kept.

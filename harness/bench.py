@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from backbone.sampling import GREEDY
 from harness import decode, steps
 from harness.prompts import Prompt
 
@@ -97,15 +96,9 @@ def timed_run(bench: Bench, work: Work) -> None:
 
 def state_after_prefill(bench: Bench, work: Work) -> decode.DecodeState:
     """What the loop starts from for the first group: same shapes as `generate`, so nothing new is compiled."""
-    ids = [work.prompts[i].ids for i in bench.groups[0]]
-    lengths = np.array([len(row) for row in ids], np.int32)
-    tokens = np.zeros((len(ids), min(decode.bucket(int(lengths.max())), bench.target.max_seq_len)), np.int32)
-    for row, prompt in zip(tokens, ids, strict=True):
-        row[:len(prompt)] = prompt
-    capacity = decode.capacity_for(tokens.shape[1], work.max_new_tokens, bench.target.max_seq_len)
-    return decode.prefill(bench.target, bench.drafter, bench.params, tokens, lengths, lengths + work.max_new_tokens,
-                          jax.random.key(work.seed), capacity=capacity, sampling=GREEDY,
-                          stops=tuple(sorted(set(work.stops))))
+    request = decode.prepare(bench.target, [work.prompts[i].ids for i in bench.groups[0]],
+                             max_new_tokens=work.max_new_tokens, stop_tokens=work.stops)
+    return decode.start(bench.target, bench.drafter, bench.params, request, work.seed)
 
 
 def reset_peak_memory() -> None:

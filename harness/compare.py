@@ -111,9 +111,9 @@ def load_model(config: Any) -> tuple[ModelConfig, Any, Any, dict]:
         cfg = ModelConfig.from_dict(config.random_model.to_dict())
         base = model.init_params(cfg, jax.random.key(config.seed))
         return cfg, base, None, {'name': 'random', 'config': cfg.to_dict(), 'base_hash': ''}
-    from backbone import formats  # reading files pulls in gguf and safetensors: not for random models
+    from harness import models  # reading files pulls in gguf and safetensors: not for random models
 
-    loaded = formats.load(config.model)
+    loaded = models.load(config.model)
     return loaded.config, loaded.params, loaded.tokenizer, {
         'name': loaded.name, 'config': loaded.config.to_dict(), 'base_hash': loaded.base_hash}
 

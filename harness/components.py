@@ -26,7 +26,8 @@ def build(path: str, kwargs: Mapping[str, Any], given: Mapping[str, Any], where:
     """
     factory = resolve(path, where)
     accepted = inspect.signature(factory).parameters
-    unknown = [k for k in kwargs if k not in accepted]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())  # it checks the names itself
+    unknown = [k for k in kwargs if k not in accepted and not open_ended]
     if unknown:
         raise ConfigError(f'{where}: {path} takes no argument {", ".join(unknown)}')
     values = {k: v for k, v in given.items() if k in accepted} | dict(kwargs)

@@ -15,6 +15,7 @@ import numpy as np
 from backbone import catalogue, formats, model
 from backbone.errors import RequestError
 from backbone.formats import Loaded
+from harness import models
 
 # Real text that is on every machine; its comments are prose, the rest is code.
 _TEXT = 'heapq.py'
@@ -88,14 +89,14 @@ def agreement(source: np.ndarray, result: np.ndarray, tokens: np.ndarray | None)
 
 def convert(src: str, dst: str | Path, to: str | None = None, dtype: str = 'f32', *, check: bool = False,
             overwrite: bool = False) -> Agreement | None:
-    """Writes model `src` (path or catalogue key) as `dst`; with `check`, reads it back and compares.
+    """Writes model `src` (see harness/models.py) as `dst`; with `check`, reads it back and compares.
 
     to: 'gguf', 'hf' or 'headway'; None means gguf for a name that ends so, else headway.
     Errors: FormatError (`dst` exists, damaged `src`, not expressible), FetchError.
     """
     to = to or ('gguf' if str(dst).endswith('.gguf') else 'headway')
     formats.check_request(dst, to, dtype, overwrite)
-    loaded = formats.load(src)
+    loaded = models.load(src)
     formats.save(loaded, dst, to, dtype, overwrite)
     if not check:
         return None

@@ -21,7 +21,7 @@ from flax import struct
 from backbone import cache as caches
 from backbone.contract import Drafter, Output, Target
 from backbone.errors import RequestError
-from backbone.sampling import GREEDY, Sampling, choose
+from backbone.sampling import GREEDY, Sampling, choose, split
 from harness.verify import verify
 
 Array = jax.Array
@@ -32,8 +32,8 @@ SLOT_BUCKET = 64  # cache capacities are multiples of this
 class DecodeState:
     """Everything that changes between rounds. B rows, K drafted tokens.
 
-    limit [B]: slots a row may fill. finished [B]. rounds [B]: target passes a row took part in.
-    drafted, accepted [K+1]: row-rounds by draft length, and by drafts kept.
+    rng: one key, or one a row [B]. limit [B]: slots a row may fill. finished [B]. rounds [B]: target passes a row
+    took part in. drafted, accepted [K+1]: row-rounds by draft length, and by drafts kept.
     """
 
     cache: caches.Cache
@@ -114,43 +114,60 @@ def check_request(target: Target, prompts: Sequence[Sequence[int]], max_new_toke
 
 
 def generate(target: Target, drafter: Drafter, params: Any, prompts: Sequence[Sequence[int]], *,
-             max_new_tokens: int, sampling: Sampling = GREEDY, stop_tokens: Sequence[int] = (), seed: int = 0,
+             max_new_tokens: int, sampling: Sampling = GREEDY, stop_tokens: Sequence[int] = (), seed: int | Array = 0,
              on_tokens: Callable[[int, list[int]], None] | None = None) -> Generation:
     """Continues every prompt by up to max_new_tokens ids, or to the first stop token (kept).
 
     params: {'base': ...} and what the drafter needs. on_tokens(row, ids) streams each round.
+    seed: an integer, or one key a row [B]: then what a row draws does not depend on the rows beside it.
     Errors: RequestError, before anything is compiled.
     """
-    tokens, lengths, options = _prepare(target, prompts, max_new_tokens, sampling, stop_tokens)
-    start = time.perf_counter()
-    state = _start(target, drafter, params, tokens, lengths, lengths + max_new_tokens, seed, options)
+    request = prepare(target, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=stop_tokens)
+    begin = time.perf_counter()
+    state = start(target, drafter, params, request, seed)
     middle = time.perf_counter()
     if on_tokens is None:
-        state = decode(target, drafter, params, state, **options['rounds'])
+        state = decode(target, drafter, params, state, **request.rounds)
     else:
-        state = _stream(target, drafter, params, state, lengths, options['rounds'], on_tokens)
+        state = _stream(target, drafter, params, state, request, on_tokens)
     jax.block_until_ready(state)
     end = time.perf_counter()
 
     ids, pos = np.asarray(state.cache.tokens), np.asarray(state.cache.pos)
-    new = [ids[row, n:pos[row] + 1].tolist() for row, n in enumerate(lengths)]
+    new = [ids[row, n:pos[row] + 1].tolist() for row, n in enumerate(request.lengths)]
     return Generation(new, np.asarray(state.rounds), np.asarray(state.accepted), np.asarray(state.drafted),
-                      middle - start, end - middle)
+                      middle - begin, end - middle)
 
 
 def warm_up(target: Target, drafter: Drafter, params: Any, prompts: Sequence[Sequence[int]], *,
             max_new_tokens: int, sampling: Sampling = GREEDY, stop_tokens: Sequence[int] = (),
             stream: bool = False) -> float:
     """Compiles what the same call of `generate` will run, and runs one round of it. Returns seconds."""
-    tokens, lengths, options = _prepare(target, prompts, max_new_tokens, sampling, stop_tokens)
-    start = time.perf_counter()
-    state = _start(target, drafter, params, tokens, lengths, lengths + min(2, max_new_tokens), 0, options)
-    jax.block_until_ready((decode_one if stream else decode)(target, drafter, params, state, **options['rounds']))
-    return time.perf_counter() - start
+    request = prepare(target, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=stop_tokens)
+    request = dataclasses.replace(request, max_new_tokens=min(2, max_new_tokens))  # the capacity stays
+    begin = time.perf_counter()
+    state = start(target, drafter, params, request)
+    jax.block_until_ready((decode_one if stream else decode)(target, drafter, params, state, **request.rounds))
+    return time.perf_counter() - begin
 
 
-def _prepare(target, prompts, max_new_tokens, sampling, stop_tokens):
-    """Padded prompts [B, P], their lengths [B], and the static options of both programs."""
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Prompts padded to their bucket [B, P], their lengths [B], and what the programs are compiled for.
+
+    capacity: slots of the cache. rounds: the static arguments of `decode` and `decode_one`.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    max_new_tokens: int
+    capacity: int
+    rounds: dict[str, Any]
+
+
+def prepare(target: Target, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling = GREEDY,
+            stop_tokens: Sequence[int] = ()) -> Request:
+    """Errors: RequestError, as `check_request`."""
     check_request(target, prompts, max_new_tokens)
     lengths = np.array([len(p) for p in prompts], np.int32)
     size = min(bucket(int(lengths.max())), target.max_seq_len)
@@ -158,12 +175,15 @@ def _prepare(target, prompts, max_new_tokens, sampling, stop_tokens):
     for row, prompt in enumerate(prompts):
         tokens[row, :len(prompt)] = prompt
     rounds = {'sampling': sampling, 'stops': tuple(sorted({int(t) for t in stop_tokens}))}
-    return tokens, lengths, {'rounds': rounds, 'capacity': capacity_for(size, max_new_tokens, target.max_seq_len)}
+    return Request(tokens, lengths, max_new_tokens, capacity_for(size, max_new_tokens, target.max_seq_len), rounds)
 
 
-def _start(target, drafter, params, tokens, lengths, limit, seed, options):
-    return jax.block_until_ready(prefill(target, drafter, params, tokens, lengths, limit, jax.random.key(seed),
-                                         capacity=options['capacity'], **options['rounds']))
+def start(target: Target, drafter: Drafter, params: Any, request: Request, seed: int | Array = 0) -> DecodeState:
+    """The state after the prompts, ready for the first round. seed: as in `generate`."""
+    rng = seed if isinstance(seed, jax.Array) else jax.random.key(seed)
+    limit = request.lengths + request.max_new_tokens
+    return jax.block_until_ready(prefill(target, drafter, params, request.tokens, request.lengths, limit, rng,
+                                         capacity=request.capacity, **request.rounds))
 
 
 _STATIC = ('target', 'drafter', 'sampling', 'stops')
@@ -190,7 +210,7 @@ def run_prompt(target: Target, taps: tuple[str, ...], params: Any, tokens: Array
 @functools.partial(jax.jit, static_argnames=('drafter', 'sampling', 'stops'), donate_argnames=('cache', 'state'))
 def _first_state(drafter: Drafter, params: Any, cache: caches.Cache, output: Output, state: Any, lengths: Array,
                  limit: Array, rng: Array, sampling: Sampling, stops: tuple[int, ...]) -> DecodeState:
-    rng, first_rng = jax.random.split(rng)
+    rng, first_rng = split(rng)
     first = choose(output.logits[:, 0], first_rng, sampling)
     cache = caches.commit(cache, lengths - 1, first)
     state = drafter.prefill(params, state, output.replace(cache=cache), lengths - 1)
@@ -202,7 +222,7 @@ def _first_state(drafter: Drafter, params: Any, cache: caches.Cache, output: Out
 def decode_round(target: Target, drafter: Drafter, params: Any, s: DecodeState, sampling: Sampling,
                  stops: tuple[int, ...]) -> DecodeState:
     """One round for every row; a finished row keeps its cache position and its tokens."""
-    rng, draft_rng, verify_rng = jax.random.split(s.rng, 3)
+    rng, draft_rng, verify_rng = split(s.rng, 3)
     draft, cache, state = drafter.draft(params, s.cache, s.drafter, draft_rng, sampling)
     block = jnp.concatenate([cache.pending[:, None], draft.tokens], axis=1)
     output = target.forward(params, block, cache, resume=draft.resume, taps=drafter.needs)
@@ -251,8 +271,8 @@ def decode_one(target: Target, drafter: Drafter, params: Any, state: DecodeState
     return decode_round(target, drafter, params, state, sampling, stops)
 
 
-def _stream(target, drafter, params, state, lengths, options, on_tokens):
-    seen = np.array(lengths)
+def _stream(target, drafter, params, state, request, on_tokens):
+    seen = np.array(request.lengths)
     while True:
         ids, pos = np.asarray(state.cache.tokens), np.asarray(state.cache.pos)
         for row in range(len(seen)):
@@ -261,4 +281,4 @@ def _stream(target, drafter, params, state, lengths, options, on_tokens):
         seen = pos + 1
         if np.asarray(state.finished).all():
             return state
-        state = decode_one(target, drafter, params, state, **options)
+        state = decode_one(target, drafter, params, state, **request.rounds)

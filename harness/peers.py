@@ -211,12 +211,11 @@ def _load_peers(python: str, folder: pathlib.Path, loaded: Any, threads: int, co
 def main(argv: list[str]) -> None:
     if argv[1:]:
         raise RequestError(f'unexpected argument {argv[1]!r}')
-    from backbone import formats
-    from harness import compilation, prompts, provenance, roofline
+    from harness import compilation, models, prompts, provenance, roofline
     from harness.bandwidth import Meter, cpu_threads
 
     compilation.use_cache()
-    loaded = formats.load(MODEL.value)
+    loaded = models.load(MODEL.value)
     questions = prompts.questions('mt_bench', PROMPTS.value, loaded.tokenizer, min_tokens=33, max_tokens=64)
     threads, count, workers = cpu_threads(), NEW_TOKENS.value, []
     workdir = pathlib.Path(WORKDIR.value)

@@ -1,16 +1,85 @@
-"""The questions decoding is measured on, as token ids."""
+"""Prompts: the questions decoding is measured on, as token ids, and the texts a model continues in bulk."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from backbone import catalogue
-from backbone.errors import ConfigError
+from backbone.errors import ConfigError, RequestError
 
 SETS = ('mt_bench', 'vicuna')
+
+# Of catalogue:NAME: where the entry's JSON lines are, and the prompt in one of them.
+_LINES: dict[str, tuple[str, Callable[[dict], str]]] = {
+    'mt_bench': ('', lambda row: row['turns'][0]),
+    'vicuna': ('', lambda row: row['turns'][0]),
+    'gsm8k': ('train.jsonl', lambda row: row['question']),
+    'humaneval': ('', lambda row: row['prompt']),
+}
+CATALOGUE = (*_LINES, 'stdlib')
+
+
+def texts(source: str) -> list[str]:
+    """Prompts from a text file (one a line), a .jsonl file ({"prompt": ...}), or catalogue:NAME, NAME of CATALOGUE.
+
+    catalogue:stdlib: the head of every documented function of the running Python's standard library.
+    Errors: RequestError names a file that cannot be read or is empty, and the line of a bad or empty prompt;
+    FetchError.
+    """
+    scheme, _, name = source.partition(':')
+    if scheme == 'catalogue':
+        if name not in CATALOGUE:
+            raise RequestError(f'{source}: no prompts under this name, only {", ".join(CATALOGUE)}')
+        path = catalogue.fetch(name)
+        if name == 'stdlib':
+            return list(_function_heads(path))
+        where, pick = _LINES[name]
+        return [pick(json.loads(line)) for line in _read(path / where if where else path) if line.strip()]
+    lines = _read(Path(source))
+    found = [_prompt_of(line, source, n) for n, line in enumerate(lines, 1)] if source.endswith('.jsonl') else lines
+    if not found:
+        raise RequestError(f'{source} holds no prompt')
+    for number, text in enumerate(found, 1):
+        if not text.strip():
+            raise RequestError(f'{source} line {number} is empty')
+    return found
+
+
+def _read(path: Path) -> list[str]:
+    try:
+        # Only ends of lines end a prompt: splitlines() also breaks at form feeds and the like.
+        return path.read_text(encoding='utf-8').removesuffix('\n').split('\n') if path.stat().st_size else []
+    except OSError as error:
+        raise RequestError(f'cannot read {path}: {error.strerror}') from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f'{path} is not UTF-8 (byte {error.start})') from error
+
+
+def _prompt_of(line: str, source: str, number: int) -> str:
+    try:
+        row: Any = json.loads(line)
+    except ValueError as error:
+        raise RequestError(f'{source} line {number} is not JSON: {error}') from error
+    if not isinstance(row, dict) or not isinstance(row.get('prompt'), str):
+        raise RequestError(f'{source} line {number} has no text under "prompt"')
+    return row['prompt']
+
+
+def _function_heads(folder: Path) -> Iterator[str]:
+    """Signature and docstring of each top-level function, in the order of the files' names."""
+    for path in sorted(folder.glob('*.py')):
+        source = path.read_text(encoding='utf-8')
+        lines = source.split('\n')  # the lines that ast counts
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and len(node.body) > 1:
+                yield '\n'.join(lines[node.lineno - 1:node.body[0].end_lineno]) + '\n'
 
 
 @dataclasses.dataclass(frozen=True)

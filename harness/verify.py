@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from backbone.contract import Accepted, Draft
-from backbone.sampling import Sampling, draw, law
+from backbone.sampling import Sampling, draw, law, split, uniform
 
 Array = jax.Array
 
@@ -32,11 +32,11 @@ def verify_greedy(logits: Array, draft: Draft) -> Accepted:
 
 def verify_sample(logits: Array, draft: Draft, rng: Array, sampling: Sampling) -> Accepted:
     batch, block = draft.tokens.shape
-    accept_rng, draw_rng = jax.random.split(rng)
+    accept_rng, draw_rng = split(rng)
     p = law(logits, sampling)  # [B, K+1, V]
     p_gold = jnp.take_along_axis(p[:, :-1], draft.tokens[..., None], axis=-1)[..., 0]
     q_gold = jnp.ones_like(p_gold) if draft.law is None else draft.law.gold.astype(p_gold.dtype)
-    u = jax.random.uniform(accept_rng, (batch, block), p_gold.dtype)
+    u = uniform(accept_rng, (batch, block), p_gold.dtype)
     n = _leading(u * q_gold < p_gold, draft.length)
     last = _at(p, n)  # [B, V]: the law at the first rejection, or of the bonus
     rejected = n < draft.length

@@ -194,7 +194,7 @@ def write(loaded: Loaded, dst: str | Path, dtype: str = 'f32', overwrite: bool =
         factors = _factors(cfg.attention.rope_scaling, cfg.attention.head_dim, cfg.attention.rope_theta)
         tensors.insert(0, Outgoing(_FREQUENCIES, factors.shape, factors, None, 0.0))
     with staged(dst, overwrite) as temporary:
-        writer = gguf.GGUFWriter(None, cfg.family)
+        writer = _Writer(None, cfg.family)
         writer.add_file_type(DTYPES[dtype])
         if dtype == 'q8_0':
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -243,5 +243,16 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_float32(key, value)
     elif isinstance(value, str):
         writer.add_string(key, value)
-    else:
+    elif value:
         writer.add_array(key, value)
+    else:
+        writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY)
+
+
+class _Writer(gguf.GGUFWriter):
+    """The package's own leaves out an empty list; but llama.cpp wants merges, also of a vocabulary that has none."""
+
+    def _pack_val(self, val: Any, vtype: gguf.GGUFValueType, add_vtype: bool, *rest: Any, **named: Any) -> bytes:
+        if vtype == gguf.GGUFValueType.ARRAY and len(val) == 0:
+            return self._pack('I', vtype) * add_vtype + self._pack('I', gguf.GGUFValueType.STRING) + self._pack('Q', 0)
+        return super()._pack_val(val, vtype, add_vtype, *rest, **named)

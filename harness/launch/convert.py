@@ -2,6 +2,7 @@
 
     headway-convert smollm2-135m out/smollm2 --to=hf --check
     headway-convert out/smollm2 out/smollm2.gguf --dtype=q8_0 --check
+    headway-convert out/enwik8 out/enwik8.gguf                      # a training directory: its newest checkpoint
 """
 
 from __future__ import annotations

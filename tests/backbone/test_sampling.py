@@ -34,6 +34,15 @@ def test_law_matches_the_definition(temperature, top_k, top_p):
     np.testing.assert_allclose(got, want, atol=2e-6)
 
 
+@pytest.mark.parametrize('sampling', (Sampling(1.0, top_k=2), Sampling(1.0, top_p=0.6)))
+def test_equal_logits_stay_together(sampling):
+    """Also -0 and 0; what is impossible already stays so."""
+    logits = jnp.array([[0.0, 1.0, -0.0, -jnp.inf, -5.0], [2.0, -3.0, -3.0, -3.0, 9.0]])
+    kept = law(logits, sampling) > 0
+    assert kept[0].tolist() == [True, True, True, False, False]
+    assert kept[1].tolist() == [sampling.top_k == 2, False, False, False, True]
+
+
 def test_temperature_zero_is_the_first_maximum():
     logits = jnp.array([[0.0, 2.0, 2.0, 1.0]])
     assert choose(logits, jax.random.key(0), GREEDY).tolist() == [1]

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from backbone.model import PlainTarget, forward
-from backbone.sampling import GREEDY
 from harness import decode as loop
 from harness.baselines import Autoregressive, PromptLookup
 from harness.decode import generate
@@ -127,26 +126,22 @@ def test_one_compilation_a_bucket(target, params, drafters, name):
 def test_slots_past_pos_hold_anything(target, params, prompts, plain, drafters, name):
     """NaN beyond `pos` before every round changes nothing."""
     drafter = drafters[name]
-    lengths = np.array([len(p) for p in prompts])
-    table = np.zeros((4, 32), np.int32)
-    for row, prompt in enumerate(prompts):
-        table[row, :len(prompt)] = prompt
-    state = loop.prefill(target, drafter, params, table, lengths, lengths + NEW, jax.random.key(0), capacity=64,
-                         sampling=GREEDY, stops=())
+    request = loop.prepare(target, prompts, max_new_tokens=NEW)
+    state = loop.start(target, drafter, params, request)
 
     def poison(cache):
-        dead = jnp.arange(64) >= cache.pos[:, None]
+        dead = jnp.arange(request.capacity) >= cache.pos[:, None]
         return cache.replace(
             layers=jax.tree.map(lambda a: jnp.where(dead[:, None, :, None], jnp.nan, a), cache.layers),
-            tokens=jnp.where(jnp.arange(65) > cache.pos[:, None], -1, cache.tokens))
+            tokens=jnp.where(jnp.arange(request.capacity + 1) > cache.pos[:, None], -1, cache.tokens))
 
     while not state.finished.all():
         state = state.replace(cache=poison(state.cache))
         if name == 'two_model':
             state = state.replace(drafter=poison(state.drafter))
-        state = loop.decode_one(target, drafter, params, state, sampling=GREEDY, stops=())
+        state = loop.decode_one(target, drafter, params, state, **request.rounds)
     ids, pos = np.asarray(state.cache.tokens), np.asarray(state.cache.pos)
-    assert [ids[r, n:pos[r] + 1].tolist() for r, n in enumerate(lengths)] == plain
+    assert [ids[r, n:pos[r] + 1].tolist() for r, n in enumerate(request.lengths)] == plain
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -60,6 +60,10 @@ def chi_square(counts: np.ndarray, probs: np.ndarray) -> tuple[float, int]:
     return float(((seen - want) ** 2 / want).sum()), len(want) - 1
 
 
+def keys(numbers) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(7), jnp.array(numbers))
+
+
 def follows(model, drafter, sampling, seed=0) -> bool:
     cfg, _, params = model
     rows = generate(PlainTarget(cfg), drafter, params, [PROMPT] * ROWS, max_new_tokens=STEPS, sampling=sampling,
@@ -162,6 +166,31 @@ def test_equal_laws_reject_nothing():
     accepted = verifier.verify_sample(jnp.log(p), draft, jax.random.key(1), Sampling(1.0))
     assert accepted.n.tolist() == [1] * 64
     assert ((accepted.next_token >= 0) & (accepted.next_token < 3)).all()
+
+
+@pytest.mark.parametrize('name', ('none', 'two_model'))
+def test_with_a_key_a_row_each_row_is_on_its_own(model, name):
+    """The same key gives the same tokens, whatever rows stand beside it and in whatever place."""
+    cfg, small, params = model
+    prompts, drafter = [[1, 3, 1], [2], [4, 4, 0, 2], [3, 3]] * 2, drafters(cfg, small)[name]
+
+    def run(rows, numbers):
+        return generate(PlainTarget(cfg), drafter, params, [prompts[row] for row in rows], max_new_tokens=8,
+                        sampling=Sampling(1.0), seed=keys(numbers)).tokens
+
+    first = run([0, 1, 2, 3], [0, 1, 2, 3])
+    other = run([3, 5, 0, 4], [3, 5, 0, 4])
+    assert (other[0], other[2]) == (first[3], first[0])
+    assert other[3] != first[0]  # the same prompt under another key
+
+
+def test_output_law_with_a_key_a_row(model):
+    assert follows(model, EarlyExit(model[0], 1, 2), SETTINGS['warped'], seed=keys(range(ROWS)))
+
+
+def test_one_key_for_every_row_is_caught(model):
+    """Negative control: rows that share a key are one sample many times over."""
+    assert not follows(model, EarlyExit(model[0], 1, 2), SETTINGS['warped'], seed=keys([0] * ROWS))
 
 
 def test_same_seed_same_tokens(model):

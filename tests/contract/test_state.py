@@ -17,16 +17,13 @@ from tests.contract.test_greedy import NAMES
 @pytest.mark.parametrize('name', NAMES)
 def test_cache_equals_a_fresh_prefill_after_every_round(target, params, prompts, drafters, name, sampling):
     drafter = drafters[name]
-    lengths = np.array([len(p) for p in prompts])
-    table = np.zeros((4, 32), np.int32)
-    for row, prompt in enumerate(prompts):
-        table[row, :len(prompt)] = prompt
-    state = loop.prefill(target, drafter, params, table, lengths, lengths + 10, jax.random.key(0), capacity=64,
-                         sampling=sampling, stops=())
+    request = loop.prepare(target, prompts, max_new_tokens=10, sampling=sampling)
+    assert request.capacity == 64
+    state = loop.start(target, drafter, params, request)
     fresh = jax.jit(lambda tokens: target.forward(params, tokens, target.init_cache(4, 64, 0)).cache.layers)
     rounds = 0
     while not state.finished.all():
-        state = loop.decode_one(target, drafter, params, state, sampling=sampling, stops=())
+        state = loop.decode_one(target, drafter, params, state, **request.rounds)
         want = fresh(state.cache.tokens[:, :64])
         live = (jnp.arange(64) < state.cache.pos[:, None])[:, None, :, None]
         for got_leaf, want_leaf in zip(jax.tree.leaves(state.cache.layers), jax.tree.leaves(want), strict=True):
