@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
 
-COMMANDS = ('generate', 'evaluate', 'compare', 'convert', 'doctor')
+COMMANDS = ('train', 'rehearse', 'generate', 'evaluate', 'compare', 'convert', 'doctor')
 
 setup(
     name='headway',
@@ -22,6 +22,7 @@ setup(
     install_requires=[
         'jax>=0.10,<0.13', 'flax>=0.12', 'optax', 'orbax-checkpoint', 'grain', 'tensorflow-datasets', 'absl-py',
         'ml_collections', 'tokenizers', 'safetensors', 'gguf', 'tqdm', 'tensorboardX', 'matplotlib', 'jinja2',
+        'importlib_resources',  # tensorflow-datasets imports it without asking for it
     ],
     extras_require={
         'eval': ['lm-eval'],

@@ -19,6 +19,7 @@ from flax import struct
 from backbone import native
 from backbone.cache import KVState, write_kv
 from backbone.config import AttentionConfig, MlpConfig, ModelConfig, RopeScaling
+from backbone.errors import ConfigError
 from backbone.matmul import dense
 
 Array = jax.Array
@@ -160,6 +161,9 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
+# 'dense': the einsum below; 'xla', 'cudnn': jax.nn.dot_product_attention, cudnn being the fused kernel of NVIDIA GPUs.
+ATTENTION = ('dense', 'xla', 'cudnn')
+
 # --- the pieces -------------------------------------------------------------------------------------------
 
 
@@ -169,7 +173,8 @@ class Context:
 
     positions [B, S]: of the queries. mask [B, S, C]: True where query s may read slot c.
     rope: (cos, sin) or None. pos [B]: slot of the block's first token. native: packed for one CPU, so
-    attention may run in C (backbone/native).
+    attention may run in C (backbone/native). attention: how whole sequences attend, see ATTENTION.
+    query_chunk: attend to so many queries at a time, and again in the backward pass: S x S scores never exist.
     """
 
     positions: Array
@@ -177,6 +182,8 @@ class Context:
     rope: tuple[Array, Array] | None
     pos: Array | None = None
     native: bool = struct.field(pytree_node=False, default=False)
+    attention: str = struct.field(pytree_node=False, default='dense')
+    query_chunk: int = struct.field(pytree_node=False, default=0)
 
 
 def make_context(cfg: ModelConfig, pos: Array, size: int, capacity: int, native: bool = False) -> Context:
@@ -219,7 +226,22 @@ def attend(q: Array, k: Array, v: Array, ctx: Context) -> Array:
     """
     if ctx.native and native.takes_attention(q, k):
         return jax.lax.platform_dependent(q, k, v, ctx.mask, cpu=native.attend, default=_attend)
-    return _attend(q, k, v, ctx.mask)
+    if ctx.attention != 'dense':
+        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        return jax.nn.dot_product_attention(q, k, v, mask=ctx.mask[:, None], implementation=ctx.attention)
+    size = q.shape[1]
+    if not 0 < ctx.query_chunk < size:
+        return _attend(q, k, v, ctx.mask)
+    if size % ctx.query_chunk:
+        raise ConfigError(f'query_chunk {ctx.query_chunk} does not divide {size} tokens')
+    parts = jax.tree.map(lambda a: _chunks(a, ctx.query_chunk), (q, ctx.mask))
+    some = jax.checkpoint(lambda part: _attend(part[0], k, v, part[1]), prevent_cse=False)
+    return jax.lax.map(some, parts).swapaxes(0, 1).reshape(q.shape)
+
+
+def _chunks(a: Array, size: int) -> Array:
+    """[B, S, ...] -> [S/size, B, size, ...]."""
+    return a.reshape(a.shape[0], -1, size, *a.shape[2:]).swapaxes(0, 1)
 
 
 def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -45,44 +46,79 @@ MESH_AXIS = {'vocab': 'model', 'heads': 'model', 'kv_heads': 'model', 'mlp': 'mo
 
 def make_mesh(stage: int = 1, data: int = 1, expert: int = 1, model: int = 1,
               devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of stage*data*expert*model devices. Errors: ConfigError when there are fewer."""
-    shape = (stage, data, expert, model)
+    """A mesh of stage*data*expert*model devices; data=-1 takes what the others leave of the devices.
+
+    Errors: ConfigError when there are fewer, or when the others do not divide them.
+    """
     devices = jax.devices() if devices is None else list(devices)
+    if data == -1 and min(rest := (stage, expert, model)) >= 1:
+        data, left = divmod(len(devices), math.prod(rest))
+        if left:
+            raise ConfigError(f'mesh.data=-1: stage {stage} x expert {expert} x model {model} does not divide '
+                              f'{len(devices)} devices')
+    shape = (stage, data, expert, model)
     needed = math.prod(shape)
     if min(shape) < 1 or needed > len(devices):
         raise ConfigError(f'mesh {dict(zip(AXES, shape, strict=True))} needs {needed} devices, {len(devices)} are here')
-    return Mesh(np.array(devices[:needed]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    if devices[0].platform == 'tpu' and needed == len(devices):
+        # Axes along the dimensions of the torus: neighbours in the mesh are neighbours on the wire.
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        grid = np.array(devices[:needed]).reshape(shape)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def shardings(cfg: ModelConfig, tree: Any, mesh: Mesh, fsdp: bool = False) -> Any:
     """A NamedSharding for every leaf of a parameter tree or cache (arrays or shape structs).
 
-    fsdp: also split the 'embed' axis over `data`. What an axis does not divide is replicated, with a warning.
+    fsdp: also split the 'embed' axis over `data`. What an axis does not divide is replicated, with one warning for
+    each such axis and number.
     """
+    undivided: dict[tuple, str] = {}
+
     def one(path, leaf):
         name = '/'.join(_key(k) for k in path)
         axes = next(axes for pattern, axes in RULES if re.fullmatch(pattern, name))
         axes = (None,) * (len(leaf.shape) - len(axes)) + tuple(axes)
-        places = [_place(cfg, mesh, axis, size, name, fsdp) for axis, size in zip(axes, leaf.shape, strict=True)]
-        return NamedSharding(mesh, P(*places))
-    return jax.tree_util.tree_map_with_path(one, tree)
+        places = [_place(cfg, mesh, axis, size, fsdp) for axis, size in zip(axes, leaf.shape, strict=True)]
+        for units, axis, target in [p for p in places if isinstance(p, tuple)]:
+            undivided.setdefault((units, axis, target), name)
+        return NamedSharding(mesh, P(*(p if isinstance(p, str) else None for p in places)))
+    placed = jax.tree_util.tree_map_with_path(one, tree)
+    for (units, axis, target), name in undivided.items():
+        warnings.warn(f'{name}: {units} {axis} are not divided by {target}={mesh.shape[target]}; replicated',
+                      stacklevel=2)
+    return placed
 
 
 def _key(entry: Any) -> str:
     return str(getattr(entry, 'key', getattr(entry, 'name', getattr(entry, 'idx', entry))))
 
 
-def _place(cfg: ModelConfig, mesh: Mesh, axis: str | None, size: int, name: str, fsdp: bool) -> str | None:
+def _place(cfg: ModelConfig, mesh: Mesh, axis: str | None, size: int, fsdp: bool) -> str | tuple | None:
+    """A mesh axis, None, or (units, axis, mesh axis) of one that does not divide."""
     target = 'data' if axis == 'embed' and fsdp else MESH_AXIS.get(axis or '')
     if target is None or mesh.shape[target] == 1:
         return None
     # A head is not cut in two: count heads, not columns.
     units = {'heads': cfg.attention.num_heads, 'kv_heads': cfg.attention.num_kv_heads}.get(axis, size)
-    if units % mesh.shape[target]:
-        warnings.warn(f'{name}: {units} {axis} are not divided by {target}={mesh.shape[target]}; replicated',
-                      stacklevel=3)
-        return None
-    return target
+    return target if units % mesh.shape[target] == 0 else (units, axis, target)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins an activation to the mesh in force (`jax.set_mesh`); outside of one, x itself.
+
+    axes: a logical axis of MESH_AXIS for each dimension of x, or None. What an axis does not divide is left free.
+    Without the pin on the batch axis the partitioner may follow the sharded weights instead and gather activations.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    def place(axis: str | None, size: int) -> str | None:
+        target = MESH_AXIS.get(axis or '')
+        return target if target is not None and size % mesh.shape[target] == 0 else None
+
+    return jax.lax.with_sharding_constraint(x, P(*map(place, axes, x.shape)))
 
 
 def start_processes(coordinator: str | None = None, num_processes: int | None = None,

@@ -190,21 +190,29 @@ def _runs(lo: int, hi: int, skip: tuple[int, ...]) -> list[tuple[int, int, bool]
     return runs
 
 
-def forward(cfg: ModelConfig, params: dict, tokens: Array, *, segments: Array | None = None,
-            positions: Array | None = None, layer_fn: Callable = block, extra: Any = None) -> Array:
-    """Logits [B, S, V] of whole sequences [B, S], without a cache.
+def hidden_states(cfg: ModelConfig, params: dict, tokens: Array, *, segments: Array | None = None,
+                  positions: Array | None = None, layer_fn: Callable = block, extra: Any = None,
+                  attention: str = 'dense', query_chunk: int = 0) -> Array:
+    """Final hidden states [B, S, d] of whole sequences [B, S], without a cache: what `unembed` takes.
 
     segments [B, S]: document ids; a token attends within its own document. positions [B, S]: default 0..S-1.
+    attention, query_chunk: see layers.Context.
     """
     batch, size = tokens.shape
     ctx = make_context(cfg, jnp.zeros((batch,), jnp.int32), size, size)
+    ctx = ctx.replace(attention=attention, query_chunk=query_chunk)
     if positions is not None:
         ctx = ctx.replace(positions=positions, rope=make_rope(cfg, positions))
     if segments is not None:
         ctx = ctx.replace(mask=ctx.mask & (segments[:, :, None] == segments[:, None, :]))
     x = embed(cfg, params, tokens, ctx.positions)
     x, _, _ = run_layers(cfg, params, x, None, ctx, layer_fn=layer_fn, extra=extra)
-    return unembed(cfg, params, finish(cfg, params, x))
+    return finish(cfg, params, x)
+
+
+def forward(cfg: ModelConfig, params: dict, tokens: Array, **options: Any) -> Array:
+    """Logits [B, S, V] of whole sequences [B, S], without a cache. options: those of `hidden_states`."""
+    return unembed(cfg, params, hidden_states(cfg, params, tokens, **options))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,62 @@
+"""Losses that several tasks share. Everything is a sum over tokens with its weight, so that microbatches add up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from backbone.errors import ConfigError
+
+Array = jax.Array
+
+
+@struct.dataclass
+class TokenSums:
+    """Weighted sums over a batch: nll in nats, z = logsumexp^2, correct = argmax hits, weight = tokens counted."""
+
+    nll: Array
+    z: Array
+    correct: Array
+    weight: Array
+
+    def mean(self, what: str) -> Array:
+        return getattr(self, what) / jnp.maximum(self.weight, 1e-9)
+
+
+def next_token(logits: Array, targets: Array, weights: Array) -> TokenSums:
+    """logits [..., V]; targets [...] int; weights [...] -> sums, in at least float32."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    norm = jax.nn.logsumexp(logits, axis=-1)
+    gold = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    weights = weights.astype(norm.dtype)
+    # No argmax: a hit is a gold logit that nothing exceeds, and the maximum is at hand.
+    hit = gold >= jax.lax.stop_gradient(logits).max(-1)
+    return TokenSums(((norm - gold) * weights).sum(), (norm * norm * weights).sum(), (hit * weights).sum(),
+                     weights.sum())
+
+
+def next_token_chunked(to_logits: Callable[[Array], Array], hidden: Array, targets: Array, weights: Array,
+                       chunk: int) -> TokenSums:
+    """The same from hidden [B, S, d], `chunk` positions at a time; 0: all at once.
+
+    to_logits: [B, chunk, d] -> [B, chunk, V]. The backward pass makes each chunk's logits again, so that [B, S, V]
+    never exists. Errors: ConfigError where chunk does not divide S.
+    """
+    batch, size = targets.shape
+    if not 0 < chunk < size:
+        return next_token(to_logits(hidden), targets, weights)
+    if size % chunk:
+        raise ConfigError(f'loss_chunk {chunk} does not divide {size} tokens')
+
+    @jax.checkpoint
+    def add(sums: TokenSums, part):
+        h, t, w = part
+        return jax.tree.map(jnp.add, sums, next_token(to_logits(h), t, w)), None
+
+    parts = jax.tree.map(lambda a: a.reshape(batch, -1, chunk, *a.shape[2:]).swapaxes(0, 1), (hidden, targets, weights))
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    sums, _ = jax.lax.scan(add, TokenSums(*(jnp.zeros((), wide),) * 4), parts)
+    return sums
