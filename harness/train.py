@@ -129,14 +129,15 @@ class Trainer:
                          'data': self.rows.fingerprint, 'frozen_hash': self.plan.frozen_hash}
         abstract = self.plan.state
         like = {'params': abstract.params, 'rest': _rest(abstract)} | ({'ema': abstract.ema} if abstract.ema else {})
-        state = self.plan.init()
         found = self.checkpoints.restore_latest_valid(like, report=self.say)
         if found is None:
-            return state, 0
+            return self.plan.init(), 0
         step, parts, saved = found
         fingerprints.check({k: saved.get(k) for k in ('data', 'frozen_hash')},
                            {k: self.metadata[k] for k in ('data', 'frozen_hash')})
         rest = parts['rest']
+        # Only frozen leaves are made anew: where there are none, the state is never in memory twice.
+        state = self.plan.init() if abstract.frozen else abstract
         state = state.replace(step=jnp.asarray(step, jnp.int32), params=parts['params'], ema=parts.get('ema', {}),
                               opt_state=rest['opt_state'], rng=rest['rng'], bad_steps=rest['bad_steps'])
         state = jax.device_put(state, jax.tree.map(lambda a: a.sharding, abstract))
