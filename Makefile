@@ -10,13 +10,19 @@ PY     := $(VENV)/bin/python
 LOCK   := requirements/$(shell $(PYTHON) -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
 READY  := $(VENV)/.ready
 
+# The TPU compiler (libtpu) that rehearsals use. It lies beside the packages, not among them: JAX would try to start a TPU
+# in every process that can import it.
+TPU_LOCK := $(subst requirements/,requirements/tpu_,$(LOCK))
+TPU      := $(VENV)/tpu-compiler
+GPU      := $(VENV)/gpu-compiler
+
 # What the suite and the comparison read; each is verified by hash and kept in ~/.cache/headway.
 COMPARE_DATA := smollm2-135m mt_bench
 TEST_DATA    := $(COMPARE_DATA) enwik8 lambada piqa arc_easy hellaswag gsm8k
 
-.PHONY: setup compare test soak lint peers data clean
+.PHONY: setup tpu-compiler gpu-compiler compare test soak lint peers data clean
 
-setup: $(READY)
+setup: $(READY) tpu-compiler
 
 $(READY): $(LOCK) setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Headway needs Python 3.11 or newer")'
@@ -25,6 +31,20 @@ $(READY): $(LOCK) setup.py
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
+# Where it cannot be had the tests that need it are skipped, for the reason kept in unavailable.txt; next time tries again.
+tpu-compiler: $(READY) $(TPU_LOCK)
+	@cmp -s $(TPU_LOCK) $(TPU)/installed.txt || { mkdir -p $(TPU) && if \
+	    $(PY) -m pip install --quiet --disable-pip-version-check --retries 1 --no-deps --upgrade --target $(TPU) \
+	        -r $(TPU_LOCK) 2> $(TPU)/pip.log; \
+	then cp $(TPU_LOCK) $(TPU)/installed.txt && rm -f $(TPU)/unavailable.txt; \
+	else tail -n 1 $(TPU)/pip.log > $(TPU)/unavailable.txt; \
+	    echo "no TPU compiler: $$(cat $(TPU)/unavailable.txt)"; fi; }
+
+# The GPU compiler (JAX's CUDA plugin, NVIDIA's assembler; 0.9 GB), for headway-rehearse --topology=h200:1.
+gpu-compiler: $(READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(GPU) \
+	    $$($(PY) -c 'from harness.topology import GPU_PACKAGES; print(*GPU_PACKAGES)')
+
 data: $(READY)
 	$(PY) -m backbone.catalogue fetch $(TEST_DATA)
 
@@ -32,10 +52,10 @@ compare: $(READY)
 	$(PY) -m backbone.catalogue fetch $(COMPARE_DATA)
 	$(PY) -m harness.launch.compare --config=configs/compare.py --workdir=out/compare
 
-test: $(READY) data
+test: $(READY) tpu-compiler data
 	JAX_PLATFORMS=cpu $(PY) -m pytest
 
-soak: $(READY) data
+soak: $(READY) tpu-compiler data
 	JAX_PLATFORMS=cpu $(PY) -m pytest -m slow
 
 lint: $(READY)

@@ -15,17 +15,17 @@ def get_config(variant: str = ''):
     config.task.kwargs.model = training.llama(vocab=257, hidden=256, layers=4, heads=4, kv_heads=4, intermediate=688,
                                               max_seq_len=512)
     config.data.update({'dataset': 'enwik8', 'tokenizer': 'bytes', 'seq_len': 256, 'batch_size': 8})
-    config.optimizer.update({'learning_rate': 3e-3, 'warmup_steps': 60, 'end_fraction': 0.02})
-    config.num_steps = 1200
-    config.eval.update({'every': 200, 'batches': 32})
-    config.samples.update({'every': 400, 'prompts': ('The history of ', "'''Anarchism''' is "), 'max_new_tokens': 160})
+    config.optimizer.update({'learning_rate': 1.5e-3, 'warmup_steps': 100, 'end_fraction': 0.02})
+    config.num_steps = 1800
+    config.eval.update({'every': 300, 'batches': 64})
+    config.samples.update({'every': 600, 'prompts': ('The history of ', "'''Anarchism''' is "), 'max_new_tokens': 160})
     config.checkpoint.update({'every': 100})
     if variant == 'tiny':
         config.task.kwargs.model = training.llama(vocab=257, hidden=64, layers=2, heads=2, kv_heads=2,
                                                   intermediate=176, max_seq_len=256)
         config.data.update({'seq_len': 64, 'batch_size': 16})
         config.num_steps = 200
-        config.optimizer.update({'warmup_steps': 20})
+        config.optimizer.update({'learning_rate': 3e-3, 'warmup_steps': 20})
         config.eval.update({'every': 100, 'batches': 8})
         config.samples.update({'every': 0, 'prompts': ('The ',), 'max_new_tokens': 48})
         config.checkpoint.update({'every': 50})

@@ -25,34 +25,49 @@ ITEM_BYTES = {'float32': 4.0, 'bfloat16': 2.0, 'float16': 2.0, 'int8': 1.0}
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One chip. memory_bytes_per_s: of its main memory; flops: dense peak a second, by type of the matmul inputs."""
+    """One chip. memory_bytes_per_s: of its main memory; flops: dense peak a second, by type of the matmul inputs.
+
+    link_bytes_per_s: what it can send to its neighbours over all links at once, one direction; `torus` dimensions
+    share it equally (0: a switch, every byte goes at the full rate). usable_bytes: what the compiler gives a program,
+    cycles_per_s: of the cycles it counts, where those are known.
+    """
 
     name: str
     memory_bytes_per_s: float
     flops: dict[str, float]
     memory_bytes: float
+    link_bytes_per_s: float = math.inf
+    torus: int = 0
+    usable_bytes: float | None = None
+    cycles_per_s: float | None = None
 
     def __hash__(self):
         return hash(self.name)
 
 
-def _tpu(name, gb_per_s, tflops, gb):
+def _tpu(name, gb_per_s, tflops, gb, link_gb, torus, usable_gib, ghz):
     # A float32 product of full precision is six bfloat16 passes on the matrix unit (jax.lax.Precision.HIGHEST).
-    return Device(name, gb_per_s * 1e9, {'bfloat16': tflops * 1e12, 'float32': tflops * 1e12 / 6}, gb * 1e9)
+    # The documents give the links' bandwidth in both directions together.
+    return Device(name, gb_per_s * 1e9, {'bfloat16': tflops * 1e12, 'float32': tflops * 1e12 / 6}, gb * 1e9,
+                  link_gb / 2 * 1e9, torus, usable_gib * 2**30, ghz * 1e9)
 
 
 DEVICES = {d.name: d for d in (
-    # cloud.google.com/tpu/docs/v5e, table "Key chip specifications": 197 TFLOPs bf16, 16 GB, 819 GBps.
-    _tpu('tpu-v5e', 819, 197, 16),
-    # cloud.google.com/tpu/docs/v5p: 459 TFLOPs bf16, 95 GB, 2765 GBps.
-    _tpu('tpu-v5p', 2765, 459, 95),
-    # cloud.google.com/tpu/docs/v6e: 918 TFLOPs bf16, 32 GB, 1640 GBps.
-    _tpu('tpu-v6e', 1640, 918, 32),
+    # Usable GiB: what the TPU compiler says it has when it refuses a program ("exceeds available HBM"). GHz: the clock
+    # at which the matrix units (2^17, 2^18, 2^19 FLOPs a cycle, as the compiler counts cycles) reach the stated peak.
+    # cloud.google.com/tpu/docs/v5e, table "Key chip specifications": 197 TFLOPs bf16, 16 GB, 819 GBps; interconnect
+    # 400 GBps, 2D torus.
+    _tpu('tpu-v5e', 819, 197, 16, 400, 2, 15.75, 1.5),
+    # cloud.google.com/tpu/docs/v5p: 459 TFLOPs bf16, 95 GB, 2765 GBps; interconnect 1200 GBps, 3D torus.
+    _tpu('tpu-v5p', 2765, 459, 95, 1200, 3, 95.74, 1.75),
+    # cloud.google.com/tpu/docs/v6e: 918 TFLOPs bf16, 32 GB, 1640 GBps; interconnect 800 GBps, 2D torus.
+    _tpu('tpu-v6e', 1640, 918, 32, 800, 2, 31.25, 1.75),
     # NVIDIA H100 Tensor Core GPU data sheet, SXM column: 80 GB, 3.35 TB/s, FP32 67 TFLOPS, BF16 1979 TFLOPS with
-    # sparsity, half of it dense.
-    Device('h100', 3.35e12, {'bfloat16': 989.5e12, 'float32': 67e12}, 80e9),
+    # sparsity, half of it dense; NVLink 900 GB/s, both directions together. Usable: JAX takes three quarters of a
+    # GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+    Device('h100', 3.35e12, {'bfloat16': 989.5e12, 'float32': 67e12}, 80e9, 450e9, usable_bytes=0.75 * 80e9),
     # NVIDIA H200 Tensor Core GPU data sheet, SXM column: 141 GB, 4.8 TB/s, otherwise as the H100.
-    Device('h200', 4.8e12, {'bfloat16': 989.5e12, 'float32': 67e12}, 141e9),
+    Device('h200', 4.8e12, {'bfloat16': 989.5e12, 'float32': 67e12}, 141e9, 450e9, usable_bytes=0.75 * 141e9),
 )}
 
 # jax.Device.device_kind of the chips above, as a substring in lower case; the first match counts.
@@ -164,6 +179,43 @@ def step_time(config: ModelConfig, device: Device, *, batch: int = 1, k_tokens: 
     """The least time one such step takes on the device. Errors: KeyError for a dtype without a peak there."""
     cost = step_cost(config, batch=batch, k_tokens=k_tokens, dtype=dtype, context=context, cache_dtype=cache_dtype)
     return StepTime(cost, cost.bytes / device.memory_bytes_per_s, cost.flops / device.flops[dtype])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train_flops(config: ModelConfig, batch: int, seq_len: int) -> float:
+    """FLOPs one training step of batch x seq_len tokens needs, over all chips: three times the forward pass.
+
+    What model FLOPs utilisation (MFU) is measured against (Chowdhery et al., PaLM, 2022, appendix B): what
+    rematerialisation computes again does not count, nor do scores that the causal mask throws away.
+    """
+    return 3 * step_cost(config, batch=batch, k_tokens=seq_len).flops
+
+
+# Bytes each chip must send for a collective over g chips, as a multiple of its payload (see `collective_seconds`).
+_SENT = {
+    'all-gather': lambda g: (g - 1) / g,
+    'reduce-scatter': lambda g: (g - 1) / g,
+    'all-reduce': lambda g: 2 * (g - 1) / g,
+    'all-to-all': lambda g: (g - 1) / g,
+}
+
+
+def sent_bytes(kind: str, payload: float, group: int) -> float:
+    """Bytes one chip must send. payload: the gathered array of an all-gather, the unreduced one of a reduce-scatter,
+    else what one chip holds. A permute, and what is not listed, sends its payload once."""
+    return payload * _SENT.get(kind, lambda g: 1.0)(group)
+
+
+def collective_seconds(device: Device, kind: str, payload: float, group: int, dimensions: int | None = None) -> float:
+    """The least time a collective takes: its bytes over the links it can use, latency and other traffic aside.
+
+    dimensions: along how many dimensions of the torus the group extends (default all): only their links help.
+    """
+    share = 1.0 if not device.torus or dimensions is None else min(dimensions, device.torus) / device.torus
+    return sent_bytes(kind, payload, group) / (device.link_bytes_per_s * share) if share else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------
