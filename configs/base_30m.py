@@ -2,7 +2,8 @@
 
     headway-train --config=configs/base_30m.py --workdir=out/base_30m --config.compute_dtype=bfloat16
 
-Meant for one GPU or a small mesh (`--config.mesh.data=8`); on two CPU cores a step of 32 rows takes half a minute. `:tiny` is configs/base_enwik8.py:tiny with this vocabulary cut to 512.
+Meant for one GPU or a small mesh (`--config.mesh.data=8`); on two CPU cores a step of 32 rows takes half a minute.
+`:tiny` is configs/base_enwik8.py:tiny with this vocabulary cut to 512.
 """
 
 from configs import base_enwik8, training

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -249,13 +250,34 @@ def flags(config, folder):
             *(f'--config.{key}={value}' for key, value in changed.items())]
 
 
-def test_two_processes_train_as_one_and_their_checkpoint_is_restored_by_one(make, finished, tmp_path, monkeypatch):
-    folder = tmp_path / 'two'
+def start_two(make, folder, *changes):
+    """Two processes that find each other on loopback, as one run over mesh.data=2."""
     with socket.socket() as probe:
         probe.bind(('localhost', 0))
         port = probe.getsockname()[1]
-    both = [run_train(*flags(make(), folder), '--config.mesh.data=2', f'--coordinator=localhost:{port}',
-                      '--num_processes=2', f'--process_id={i}', wait=False) for i in range(2)]
+    return [run_train(*flags(make(), folder), '--config.mesh.data=2', f'--coordinator=localhost:{port}',
+                      '--num_processes=2', f'--process_id={i}', *changes, wait=False) for i in range(2)]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_saves_and_ends_both(make, tmp_path):
+    """SIGTERM reaches only the process that does not lead; both agree on a step, and the run goes on from there."""
+    folder = tmp_path / 'both'
+    both = start_two(make, folder, '--config.num_steps=4000', '--config.checkpoint.every=4000')
+    deadline = time.monotonic() + 120
+    while not any(row['step'] >= 20 for row in metrics.rows(folder)):
+        assert time.monotonic() < deadline and all(p.poll() is None for p in both)
+        time.sleep(0.05)
+    both[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    (step,) = steps_in(folder / 'checkpoints')
+    assert 20 <= step < 4000 and f'saved after step {step}' in said[0][0]
+
+
+def test_two_processes_train_as_one_and_their_checkpoint_is_restored_by_one(make, finished, tmp_path):
+    folder = tmp_path / 'two'
+    both = start_two(make, folder)
     said = [process.communicate(timeout=240) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     for key, loss in losses(finished[0]).items():
