@@ -98,7 +98,7 @@ def plan(config: Any, mesh: Mesh | None = None, task: Any = None, load: bool = T
     by_row = NamedSharding(mesh, P('data'))
     shape = (rows, config.data.seq_len)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=by_row) for name, dtype in BATCH_KEYS.items()}
-    everywhere = NamedSharding(mesh, P())
+    everywhere, dtype = NamedSharding(mesh, P()), jnp.dtype(config.compute_dtype)
 
     def start() -> TrainState:
         values = {path: jax.device_put(a, (place.params | place.frozen)[path]) for path, a in loaded.items()}
@@ -108,7 +108,8 @@ def plan(config: Any, mesh: Mesh | None = None, task: Any = None, load: bool = T
     return StepPlan(
         task, mesh, start,
         jax.jit(step_function(config, task, transform), donate_argnums=0, out_shardings=(place, everywhere)),
-        jax.jit(lambda params, batch: with_loss(task.loss(params, batch, jax.random.key(0))), out_shardings=everywhere),
+        jax.jit(lambda params, batch: with_loss(task.loss(narrow(params, dtype), batch, jax.random.key(0))),
+                out_shardings=everywhere),
         state, batch, params_hash(frozen) if frozen else '')
 
 
@@ -135,6 +136,11 @@ def check_loaded(expected: Mapping[str, Any], loaded: Mapping[str, Any]) -> None
         raise TensorMismatch(f'what the task loads does not fit its model: {"; ".join(wrong[:5])}')
 
 
+def narrow(tree: Any, dtype: Any) -> Any:
+    """Floating leaves in the type the products run in."""
+    return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+
+
 def with_loss(found: tuple[Array, dict[str, Array]]) -> dict[str, Array]:
     return {'loss': found[0], 'weight': jnp.ones(())} | found[1]
 
@@ -147,9 +153,7 @@ def step_function(config: Any, task: Any, transform: optax.GradientTransformatio
 
     def loss(params: dict, frozen: dict, batch: dict, rng: Array):
         # Cast first: under FSDP the shards then travel in the narrow type.
-        tree = unflatten(jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a,
-                                      params | frozen))
-        found = task.loss(tree, batch, rng)
+        found = task.loss(unflatten(narrow(params | frozen, dtype)), batch, rng)
         return found[0], with_loss(found)
 
     def gradients(state: TrainState, batch: dict, rng: Array):

@@ -170,6 +170,21 @@ def test_bfloat16_computes_narrow_and_keeps_float32_masters(wide, reference):
     assert 0 < max(differences) < 0.05
 
 
+def test_evaluation_computes_in_the_type_of_the_step(wide):
+    """A fused attention that takes bfloat16 only must not meet float32 there."""
+    seen = []
+
+    class Watching(LanguageModel):
+        def loss(self, params, batch, rng):
+            seen.append({a.dtype for a in jax.tree.leaves(params)})
+            return super().loss(params, batch, rng)
+
+    made = plan(config(compute_dtype='bfloat16'), make_mesh(), Watching(wide))
+    made.evaluate.lower(made.tree(made.state), made.batch)
+    made.step.lower(made.state, made.batch)
+    assert seen and all(dtypes == {jnp.dtype('bfloat16')} for dtypes in seen)
+
+
 def test_a_batch_is_learnt(wide):
     """Memorises eight rows: gradients really reach the parameters."""
     _, seen = steps(plan(config(), make_mesh(), LanguageModel(wide)), [make_batch(0)] * 40)
