@@ -62,10 +62,22 @@ def numbers(tree):
     return ravel_pytree(jax.tree.map(np.asarray, tree))[0]
 
 
+def gradients_and_metrics(made):
+    """(the first step's gradients, metrics of three steps, the last state).
+
+    Adam's first moment after one step is 1 - b1 of the clipped gradient. Later ones compare less: where a gradient is
+    nearly zero, Adam's first update turns its rounding into a whole step.
+    """
+    state, first = steps(made, [make_batch(0)])
+    gradients = numbers(state.opt_state[1].mu) / (1 - 0.9)
+    state, rest = steps(made, [make_batch(1), make_batch(2)], state)
+    return gradients, first + rest, state
+
+
 @pytest.fixture(scope='module')
 def reference(wide):
-    """Three steps on one device, and their metrics."""
-    return steps(plan(config(), make_mesh(), LanguageModel(wide)), [make_batch(i) for i in range(3)])
+    """Three steps on one device."""
+    return gradients_and_metrics(plan(config(), make_mesh(), LanguageModel(wide)))
 
 
 @pytest.mark.parametrize('changes, task', (
@@ -78,13 +90,11 @@ def test_the_split_of_the_work_changes_nothing(wide, reference, changes, task):
     """Eight fake devices, microbatches, rematerialisation and chunks against one device at once."""
     made = config(**changes)
     mesh = make_mesh(**{k: made.mesh[k] for k in ('data', 'model')})
-    state, seen = steps(plan(made, mesh, LanguageModel(wide, **task)), [make_batch(i) for i in range(3)])
+    gradients, seen, state = gradients_and_metrics(plan(made, mesh, LanguageModel(wide, **task)))
+    np.testing.assert_allclose(gradients, reference[0], atol=1e-5)
     for ours, theirs in zip(seen, reference[1], strict=True):
         assert ours['loss'] == pytest.approx(theirs['loss'], abs=1e-5)
         assert ours['grad_norm'] == pytest.approx(theirs['grad_norm'], abs=1e-4)
-    # Adam's first moment is the gradients' running mean: it compares every gradient, before rates blow up rounding.
-    moment = lambda s: numbers(s.opt_state[1].mu)
-    np.testing.assert_allclose(moment(state), moment(reference[0]), atol=1e-5)
     if mesh.size > 1:
         assert any(not a.sharding.is_fully_replicated for a in state.params.values())
 
