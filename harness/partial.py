@@ -20,6 +20,7 @@ from typing import Any
 
 from backbone.errors import FingerprintMismatch, RequestError
 from harness import fingerprint as fingerprints
+from harness import seal
 
 RECORD = 'selfgen.json'
 
@@ -88,11 +89,11 @@ class Partial:
             _remove(made)
             build(made)
             for path in [*made.rglob('*'), made]:
-                _sync(path)
+                seal.fsync_folder(path)
             if record is not None:
                 write_whole(beside(self.out), json.dumps(record, indent=2))
             os.replace(made, self.out)
-            _sync(self.out.parent)
+            seal.fsync_folder(self.out.parent)
         clear(self.out)
 
 
@@ -136,15 +137,7 @@ def write_whole(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    seal.fsync_folder(path.parent)
 
 
 def _remove(path: Path) -> None:

@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from backbone.errors import ConfigError, RequestError, TrainingDiverged
 from backbone.formats.staging import staged
-from backbone.mesh import make_mesh
 from backbone.sampling import Sampling
 from harness import compilation, data, decode, provenance, roofline
 from harness import fingerprint as fingerprints
@@ -34,8 +33,7 @@ from harness.metrics import Metrics, Progress, cut, plot
 from harness.models import CHECKPOINTS, CONFIG, FORMAT, TOKENIZER, read_config
 from harness.peak import peak_flops
 from harness.preemption import Preemption
-from harness.train_step import StepPlan, TrainState, build_task, host_rows, place_batch
-from harness.train_step import plan as plan
+from harness.train_step import StepPlan, TrainState, build_mesh, build_task, host_rows, place_batch, plan
 
 FINISHED, SAMPLES = 'finished', 'samples.jsonl'
 
@@ -88,8 +86,7 @@ class Trainer:
     def __init__(self, config: Any, folder: Path, leader: bool, stack: contextlib.ExitStack, say):
         self.config, self.folder, self.leader = config, folder, leader
         self.say = say if leader else (lambda *_: None)
-        axes = {name: config.mesh[name] for name in ('stage', 'data', 'expert', 'model')}
-        mesh = make_mesh(**axes)
+        mesh = build_mesh(config)
         task = build_task(config)
         self.tokenizer = data.make_tokenizer(config.data)
         self.tokenizer.check_model(task.cfg.vocab_size)

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from backbone.errors import ConfigError, TensorMismatch
 from backbone.formats.tensors import flatten, params_hash, unflatten
-from backbone.mesh import make_mesh, shardings
+from backbone.mesh import AXES, make_mesh, shardings
 from harness import components, optimizer
 
 Array = jax.Array
@@ -73,8 +73,7 @@ def plan(config: Any, mesh: Mesh | None = None, task: Any = None, load: bool = T
     mesh: default, this process group's devices in the shape of config.mesh. load: False leaves out what the task
     reads from files (`task.load`), for looking at shapes only.
     """
-    axes = {name: config.mesh[name] for name in ('stage', 'data', 'expert', 'model')}
-    mesh = make_mesh(**axes) if mesh is None else mesh
+    mesh = build_mesh(config) if mesh is None else mesh
     task = build_task(config) if task is None else task
     rows, micro = config.data.batch_size, config.optimizer.accumulate
     if rows % (micro * mesh.shape['data']):
@@ -111,6 +110,11 @@ def plan(config: Any, mesh: Mesh | None = None, task: Any = None, load: bool = T
         jax.jit(lambda params, batch: with_loss(task.loss(narrow(params, dtype), batch, jax.random.key(0))),
                 out_shardings=everywhere),
         state, batch, params_hash(frozen) if frozen else '')
+
+
+def build_mesh(config: Any) -> Mesh:
+    """This process group's devices in the shape of config.mesh."""
+    return make_mesh(**{axis: config.mesh[axis] for axis in AXES})
 
 
 def build_task(config: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from backbone.errors import HeadwayError, RequestError
+from backbone.errors import ConfigError, HeadwayError, RequestError
 
 # Two entrypoints may use one flag name; a process that imports both (the tests) takes the latest.
 string_flag = functools.partial(flags.DEFINE_string, allow_override=True)
@@ -26,6 +26,14 @@ float_flag = functools.partial(flags.DEFINE_float, allow_override=True)
 bool_flag = functools.partial(flags.DEFINE_boolean, allow_override=True)
 list_flag = functools.partial(flags.DEFINE_list, allow_override=True)
 enum_flag = functools.partial(flags.DEFINE_enum, allow_override=True)
+
+
+def read_config(flag: flags.FlagHolder) -> Any:
+    """The config of a `config_flags.DEFINE_config_file` flag, locked. Errors: ConfigError where it cannot be read."""
+    try:
+        return flag.value.lock()
+    except OSError as error:
+        raise ConfigError(f'config: {str(error).strip().splitlines()[-1]}') from error
 
 
 def fail(message: object) -> int:

@@ -10,7 +10,7 @@ import sys
 
 from ml_collections import config_flags
 
-from backbone.errors import ConfigError, RequestError
+from backbone.errors import RequestError
 from harness.launch import common
 
 CONFIG = config_flags.DEFINE_config_file('config', 'configs/compare.py', 'The comparison; any key can be set.')
@@ -26,10 +26,7 @@ def main(argv: list[str]) -> int:
         report,
     )
 
-    try:
-        config = CONFIG.value.lock()
-    except OSError as error:
-        raise ConfigError(f'config: {str(error).strip().splitlines()[-1]}') from error
+    config = common.read_config(CONFIG)
     compilation.use_cache()
     with report.staging(WORKDIR.value) as folder:
         results = compare.run(config)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ml_collections import config_flags
 
-from backbone.errors import ConfigError, RequestError
+from backbone.errors import RequestError
 from harness.launch import common
 
 CONFIG = config_flags.DEFINE_config_file('config', 'configs/pod_llama31_8b.py', 'The run; any key can be set.')
@@ -31,10 +31,7 @@ def main(argv: list[str]) -> int:
     jax.config.update('jax_platforms', 'cpu')  # the compiler is all that is wanted of the hardware's library
     from harness import provenance, rehearse, rehearse_report
 
-    try:
-        config = CONFIG.value.lock()
-    except OSError as error:
-        raise ConfigError(f'config: {str(error).strip().splitlines()[-1]}') from error
+    config = common.read_config(CONFIG)
     result = rehearse.rehearse(config, TOPOLOGY.value, tuple(PROGRAMS.value), quick=QUICK.value,
                                say=lambda line: print(line, flush=True))
     if JSON.value:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from ml_collections import config_flags
 
-from backbone.errors import ConfigError, RequestError
+from backbone.errors import RequestError
 from harness.launch import common
 
 CONFIG = config_flags.DEFINE_config_file('config', 'configs/base_enwik8.py', 'The run; any key can be set.')
@@ -27,10 +27,7 @@ def main(argv: list[str]) -> None:
         raise RequestError(f'unexpected argument {argv[1]!r}')
     if not WORKDIR.value:
         raise RequestError('--workdir is missing')
-    try:
-        config = CONFIG.value.lock()
-    except OSError as error:
-        raise ConfigError(f'config: {str(error).strip().splitlines()[-1]}') from error
+    config = common.read_config(CONFIG)
     explicit = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     if any(value is not None for value in explicit) and None in explicit:
         raise RequestError('--coordinator, --num_processes and --process_id are given together')
