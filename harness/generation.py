@@ -18,15 +18,18 @@ from backbone.tokenizer import Stream, Tokenizer
 from harness import compilation, decode, drafters, models, prompts
 
 
-def read_prompts(prompt: str | None, batch_file: str | None) -> list[str]:
-    """The prompts of a request; batch_file: any source of `prompts.texts`.
+def read_prompts(prompt: str | None, batch_file: str | None, limit: int = 0) -> list[str]:
+    """The prompts of a request; batch_file: any source of `prompts.texts`. limit: at most so many, evenly spread.
 
-    Errors: RequestError for none, both, an unreadable or empty file, an empty prompt.
+    Errors: RequestError for none, both, an unreadable or empty file, an empty prompt, a limit below 0.
     """
+    if limit < 0:
+        raise RequestError(f'limit must be at least 0, got {limit}')
     if (prompt is None) == (batch_file is None):
         raise RequestError('give either --prompt or --batch_file')
     if prompt is None:
-        return prompts.texts(batch_file)
+        found = prompts.texts(batch_file)
+        return [found[i * len(found) // limit] for i in range(limit)] if 0 < limit < len(found) else found
     if not prompt.strip():
         raise RequestError('the prompt is empty')
     return [prompt]

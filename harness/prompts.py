@@ -23,13 +23,15 @@ _LINES: dict[str, tuple[str, Callable[[dict], str]]] = {
     'gsm8k': ('train.jsonl', lambda row: row['question']),
     'humaneval': ('', lambda row: row['prompt']),
 }
-CATALOGUE = (*_LINES, 'stdlib')
+CATALOGUE = (*_LINES, 'stdlib', 'sharegpt')
+SHAREGPT_CHARACTERS = 240  # of a first message that is taken as a prompt
 
 
 def texts(source: str) -> list[str]:
     """Prompts from a text file (one a line), a .jsonl file ({"prompt": ...}), or catalogue:NAME, NAME of CATALOGUE.
 
     catalogue:stdlib: the head of every documented function of the running Python's standard library.
+    catalogue:sharegpt: the short first messages of its conversations (SHAREGPT_CHARACTERS).
     Errors: RequestError names a file that cannot be read or is empty, and the line of a bad or empty prompt;
     FetchError.
     """
@@ -40,6 +42,8 @@ def texts(source: str) -> list[str]:
         path = catalogue.fetch(name)
         if name == 'stdlib':
             return list(_function_heads(path))
+        if name == 'sharegpt':
+            return list(_first_messages(path))
         where, pick = _LINES[name]
         return [pick(json.loads(line)) for line in _read(path / where if where else path) if line.strip()]
     lines = _read(Path(source))
@@ -80,6 +84,23 @@ def _function_heads(folder: Path) -> Iterator[str]:
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and len(node.body) > 1:
                 yield '\n'.join(lines[node.lineno - 1:node.body[0].end_lineno]) + '\n'
+
+
+def _first_messages(path: Path) -> Iterator[str]:
+    """What a person opened a conversation with. The file is one JSON list that was cut short: read as far as it goes."""
+    text, decoder = path.read_text(encoding='utf-8'), json.JSONDecoder()
+    at = text.index('[') + 1
+    while True:
+        at += len(text[at:at + 80]) - len(text[at:at + 80].lstrip(' \r\n\t,'))
+        try:
+            row, at = decoder.raw_decode(text, at)
+        except ValueError:
+            return
+        # A long conversation is several rows, ID_0, ID_1, ...: only the first begins with a first message.
+        if row['id'].endswith('_0') and row['conversations'] and row['conversations'][0]['from'] == 'human':
+            message = row['conversations'][0]['value'].strip()
+            if message and len(message) <= SHAREGPT_CHARACTERS:
+                yield message
 
 
 @dataclasses.dataclass(frozen=True)

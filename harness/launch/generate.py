@@ -18,7 +18,8 @@ from harness.launch import common
 MODEL = common.string_flag('model', 'smollm2-135m', 'Catalogue key, .gguf file, checkpoint or training directory.')
 PROMPT = common.string_flag('prompt', None, 'The text to continue.')
 BATCH_FILE = common.string_flag('batch_file', None, 'Prompts: a text file, one a line; .jsonl of {"prompt": ...}; '
-                                'or catalogue:NAME (mt_bench, vicuna, gsm8k, humaneval, stdlib).')
+                                'or catalogue:NAME (mt_bench, vicuna, gsm8k, humaneval, stdlib, sharegpt).')
+LIMIT = common.integer_flag('limit', 0, 'With --batch_file: only so many prompts, spread evenly over it; 0: all.')
 OUT = common.string_flag('out', None, 'With --batch_file: where the answers go; default: printed as JSON lines.')
 FORMAT = common.enum_flag('format', 'jsonl', ['jsonl', 'tfds'], 'Of --out: JSON lines, or a TFDS data set.')
 BATCH_SIZE = common.integer_flag('batch_size', 32, 'With --out: prompts decoded at once.')
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
         raise RequestError(f'unexpected argument {argv[1]!r}')
     from harness import generation, selfgen  # after the flags are known to be good: reading models pulls in much
 
-    texts = generation.read_prompts(PROMPT.value, BATCH_FILE.value)
+    texts = generation.read_prompts(PROMPT.value, BATCH_FILE.value, LIMIT.value)
     plan = selfgen.Plan(FORMAT.value, SAMPLES.value, MAX_NEW_TOKENS.value,
                         Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value), SEED.value, BATCH_SIZE.value)
     selfgen.check_flags(plan, BATCH_FILE.value, OUT.value)
