@@ -37,6 +37,12 @@ def contract(x: Array, kernel: Array, axis: int) -> Array:
     return (y[:1] if single else y).reshape(*x.shape[:-1], -1)
 
 
+def product(form: str, x: Array, kernel: Array) -> Array:
+    """The same for any einsum `form` of x and a kernel: operands in the kernel's dtype, the sum in at least float32."""
+    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    return jnp.einsum(form, x.astype(kernel.dtype), kernel, preferred_element_type=wide)
+
+
 def contract_packed(x: Array, kernel_t: Array) -> Array:
     """x [..., in] against kernel_t [out, in] -> [..., out]; the native product where it applies."""
     rows = x.reshape(-1, x.shape[-1]).astype(kernel_t.dtype)

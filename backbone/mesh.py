@@ -37,11 +37,19 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r'.*mlp/down/kernel', ('mlp', 'embed')),
     (r'.*mlp/(gate|up)/bias', ('mlp',)),
     (r'.*lm_head/kernel', ('embed', 'vocab')),
+    # A CP head (tensorhead/head.py): factors [n, r, d, words or d].
+    (r'.*tensorhead/gate/kernel', (None, 'component')),
+    (r'.*tensorhead/gate/bias', ('component',)),
+    (r'.*tensorhead/factors/kernel', (None, 'component', 'embed', 'vocab')),
+    (r'.*tensorhead/factors/bias', (None, 'component', None)),
+    (r'.*tensorhead/factors/down', (None, 'component', 'embed', None)),
+    (r'.*tensorhead/factors/up', (None, 'component', None, 'embed')),
     (r'.*layers/(k|v)', ('batch', 'kv_heads', None, None)),  # the cache
     (r'.*', ()),
 )
 
-MESH_AXIS = {'vocab': 'model', 'heads': 'model', 'kv_heads': 'model', 'mlp': 'model', 'batch': 'data'}
+MESH_AXIS = {'vocab': 'model', 'heads': 'model', 'kv_heads': 'model', 'mlp': 'model', 'batch': 'data',
+             'component': 'expert'}
 
 
 def make_mesh(stage: int = 1, data: int = 1, expert: int = 1, model: int = 1,
@@ -119,6 +127,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         return target if target is not None and size % mesh.shape[target] == 0 else None
 
     return jax.lax.with_sharding_constraint(x, P(*map(place, axes, x.shape)))
+
+
+def ways(axis: str, size: int) -> int:
+    """Into how many pieces the mesh in force cuts a logical axis of `size`; 1 outside of one, or where it cannot."""
+    mesh = jax.sharding.get_abstract_mesh()
+    pieces = 1 if mesh.empty else mesh.shape[MESH_AXIS[axis]]
+    return pieces if size % pieces == 0 else 1
 
 
 def start_processes(coordinator: str | None = None, num_processes: int | None = None,

@@ -12,14 +12,16 @@ cores once the model is there (the first run also compiles; a second takes about
 from ml_collections import ConfigDict
 
 
-def method(drafter, mode='lossless', target='backbone.model.PlainTarget', target_kwargs=None, params='', **kwargs):
+def method(drafter='', mode='lossless', target='backbone.model.PlainTarget', target_kwargs=None, params='', artefact='',
+           **kwargs):
     """A row: dotted paths of its drafter and target with their arguments.
 
     Arguments called cfg, stacked and cache_dtype are filled in for factories that take them and need not be given.
     params: dotted path of a function (cfg, base, dtype) -> {'<method>': parameters}, where the drafter has any.
+    artefact: instead of a drafter, what was trained: a name of the zoo, or the working directory of a run.
     """
     return ConfigDict({'drafter': drafter, 'kwargs': kwargs, 'target': target, 'target_kwargs': target_kwargs or {},
-                       'params': params, 'mode': mode})
+                       'params': params, 'artefact': artefact, 'mode': mode})
 
 
 def get_config(variant: str = '') -> ConfigDict:

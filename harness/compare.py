@@ -50,7 +50,7 @@ def run(config: Any, *, progress: bool = True) -> Results:
     prompts = load_prompts(config, cfg, tokenizer)
     work = Work(prompts, tuple(tokenizer.eos_ids) if tokenizer is not None else (), config.max_new_tokens, config.seed)
     packed = {dtype: layout.pack(base, dtype) for dtype in config.dtypes}
-    benches = make_benches(config, cfg, packed, len(prompts))
+    benches = make_benches(config, cfg, packed, len(prompts), described['base_hash'])
     weight_bytes = {d: int(roofline.step_cost(cfg, dtype=d).weight_bytes) for d in config.dtypes}
 
     ahead = 2 * len(benches) + len(config.dtypes) * len(config.curve) + 1 + config.repeats * sum(
@@ -128,7 +128,7 @@ def load_prompts(config: Any, cfg: ModelConfig, tokenizer: Any) -> list[Prompt]:
     return questions(p.source, p.count, tokenizer, **limits)
 
 
-def make_benches(config: Any, cfg: ModelConfig, packed: dict, num_prompts: int) -> list[Bench]:
+def make_benches(config: Any, cfg: ModelConfig, packed: dict, num_prompts: int, base_hash: str = '') -> list[Bench]:
     """Rows to run: timed at batch_sizes in every dtype, then identity only at identity_batch_sizes in float32."""
     plan = [(d, b, True) for b in config.batch_sizes for d in config.dtypes]
     plan += [('float32', b, False) for b in config.identity_batch_sizes if 'float32' in config.dtypes]
@@ -141,8 +141,14 @@ def make_benches(config: Any, cfg: ModelConfig, packed: dict, num_prompts: int) 
         for name, spec in config.methods.items():
             given = {'cfg': cfg, 'stacked': False, 'cache_dtype': config.cache_dtypes[dtype]}
             target = build(spec.target, spec.target_kwargs, given, f'methods.{name}.target')
-            drafter = build(spec.drafter, spec.kwargs, given, f'methods.{name}.drafter')
             params = {'base': packed[dtype]}
+            if spec.get('artefact'):
+                from harness import artefacts  # reads files: not for random models
+
+                drafter, ready = artefacts.find(spec.artefact, cfg, base_hash, spec.kwargs)
+                params |= ready(packed[dtype], dtype)
+            else:
+                drafter = build(spec.drafter, spec.kwargs, given, f'methods.{name}.drafter')
             if spec.params:
                 params |= build(spec.params, {}, {'cfg': cfg, 'base': packed[dtype], 'dtype': dtype},
                                 f'methods.{name}.params')

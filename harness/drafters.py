@@ -1,13 +1,16 @@
-"""Drafters by name, for the command line. A dotted path names any other drafter."""
+"""Drafters by name, for the command line: a baseline, what was trained (zoo, working directory), or a dotted path."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+import jax
 
 from backbone.config import ModelConfig
 from backbone.contract import Drafter
 from backbone.errors import RequestError
-from harness import components
+from harness import artefacts, components, zoo
 
 SHORT = {
     'none': 'harness.baselines.Autoregressive',
@@ -17,13 +20,26 @@ SHORT = {
 }
 
 
+def load(name: str, cfg: ModelConfig, base_hash: str, arguments: list[str]
+         ) -> tuple[Drafter, Callable[[Any, Any], dict[str, Any]]]:
+    """(drafter, ready): ready(base packed for decoding, dtype) -> its parameters beside params['base'].
+
+    Errors: as `make`; FormatError where a trained one belongs to another base.
+    """
+    if artefacts.is_artefact(name):
+        return artefacts.find(name, cfg, base_hash, dict(map(_argument, arguments)))
+    made = make(name, cfg, arguments)
+    return made, lambda base, dtype: made.init_params(jax.random.key(0))
+
+
 def make(name: str, cfg: ModelConfig, arguments: list[str]) -> Drafter:
     """A drafter by short name or dotted path, with arguments like ['block=4', 'layer=20'].
 
     Errors: RequestError for an unknown name or argument that is not name=integer; ConfigError for wrong ones.
     """
     if name not in SHORT and '.' not in name:
-        raise RequestError(f'unknown drafter {name!r}: one of {", ".join(SHORT)}, or a dotted path')
+        raise RequestError(f'unknown drafter {name!r}: one of {", ".join([*SHORT, *zoo.names()])}, a working directory, '
+                           'or a dotted path')
     given: dict[str, Any] = {'cfg': cfg}
     if name == 'early_exit':
         given['layer'] = max(1, 2 * cfg.num_layers // 3)  # untrained exits below that guess little

@@ -53,8 +53,9 @@ class Session:
         loaded = models.load(model)
         if loaded.tokenizer is None:
             raise RequestError(f'{model} has no tokenizer')
-        made = drafters.make(drafter, loaded.config, drafter_args)
-        params = {'base': pack(loaded.params, dtype)} | made.init_params(jax.random.key(0))
+        made, ready = drafters.load(drafter, loaded.config, loaded.base_hash, drafter_args)
+        base = pack(loaded.params, dtype)
+        params = {'base': base} | ready(base, dtype)
         return cls(PlainTarget(loaded.config, dtype, stacked=False), params, made, loaded.tokenizer, chat,
                    loaded.name, loaded.base_hash)
 

@@ -32,7 +32,7 @@ def load(spec: str | Path, dtype: Any = np.float32, cache: bool = True) -> Loade
     `merged(params) -> base parameters`. base_hash is taken before rounding to `dtype`.
     Errors: those of backbone.formats.load; NoValidCheckpoint (none yet, or not that step), FormatError.
     """
-    folder, step = _split(str(spec))
+    folder, step = split(str(spec))
     if is_workdir(folder):
         return _from_workdir(folder, step, dtype)
     if step is not None:
@@ -40,7 +40,7 @@ def load(spec: str | Path, dtype: Any = np.float32, cache: bool = True) -> Loade
     return formats.load(spec, dtype, cache)
 
 
-def _split(spec: str) -> tuple[Path, int | None]:
+def split(spec: str) -> tuple[Path, int | None]:
     """'out/x@1200' -> (out/x, 1200), unless a path is really called so or there is no such directory."""
     name, _, step = spec.rpartition('@')
     if name and step.isdigit() and not Path(spec).exists() and Path(name).is_dir():
@@ -76,7 +76,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return found
 
 
-def _from_workdir(folder: Path, step: int | None, dtype: Any) -> Loaded:
+def read_run(folder: Path, step: int | None) -> tuple[Any, dict[str, Any], int]:
+    """(task, whole parameter tree of numpy arrays, step) of a working directory. Errors: as `load`."""
     from harness import checkpoint, train_step  # after it is known to be a run: they bring orbax and optax
 
     config = ml_collections.ConfigDict(read_config(folder)['config'])
@@ -88,7 +89,11 @@ def _from_workdir(folder: Path, step: int | None, dtype: Any) -> Loaded:
     task = train_step.build_task(config)
     part = 'ema' if config.ema_decay > 0 else 'params'
     step, leaves = checkpoint.read_part(folder / CHECKPOINTS, part, step)
-    params = unflatten(_frozen(task, config.seed, leaves) | leaves)
+    return task, unflatten(_frozen(task, config.seed, leaves) | leaves), step
+
+
+def _from_workdir(folder: Path, step: int | None, dtype: Any) -> Loaded:
+    task, params, step = read_run(folder, step)
     base = task.merged(params) if hasattr(task, 'merged') else params['base']
     base = jax.tree.map(np.asarray, base)
     where = f'{folder}@{step}'

@@ -14,7 +14,7 @@ import numpy as np
 from backbone import catalogue
 from backbone.errors import ConfigError, RequestError
 
-SETS = ('mt_bench', 'vicuna')
+SETS = ('mt_bench', 'vicuna', 'humaneval')
 
 # Of catalogue:NAME: where the entry's JSON lines are, and the prompt in one of them.
 _LINES: dict[str, tuple[str, Callable[[dict], str]]] = {
@@ -112,6 +112,7 @@ class Prompt:
 def questions(source: str, count: int, tokenizer, *, min_tokens: int = 1, max_tokens: int = 1 << 30) -> list[Prompt]:
     """First turns of `count` questions through the chat template, spread evenly over the set.
 
+    humaneval: heads of functions, to be continued as they are, without a template.
     Only questions whose prompt has min_tokens..max_tokens ids count: a bucket of like lengths compiles once.
     Errors: ConfigError for an unknown set or where too few questions fit.
     """
@@ -121,9 +122,12 @@ def questions(source: str, count: int, tokenizer, *, min_tokens: int = 1, max_to
     fitting = []
     for number, line in enumerate(filter(str.strip, lines)):
         question = json.loads(line)
-        ids = tokenizer.chat([{'role': 'user', 'content': question['turns'][0]}])
+        code = source == 'humaneval'
+        ids = (tokenizer.encode(question['prompt']) if code else
+               tokenizer.chat([{'role': 'user', 'content': question['turns'][0]}]))
         if min_tokens <= len(ids) <= max_tokens:
-            fitting.append(Prompt(f'{source}/{question.get("question_id", number)}', tuple(map(int, ids))))
+            name = question.get('task_id') if code else f'{source}/{question.get("question_id", number)}'
+            fitting.append(Prompt(name, tuple(map(int, ids))))
     if not 1 <= count <= len(fitting):
         raise ConfigError(f'prompts.count is {count}, but {source} has {len(fitting)} questions of '
                           f'{min_tokens}..{max_tokens} tokens')

@@ -88,9 +88,10 @@ def programs(config: Any, devices: list[jax.Device], name: str, names: tuple[str
     step = plan(config, mesh, load=False)
     rows, size = config.data.batch_size, config.data.seq_len
     if 'train' in names:
+        flops = (step.task.train_flops(rows, size) if hasattr(step.task, 'train_flops') else
+                 roofline.train_flops(step.task.cfg, rows, size))
         yield Program('train', f'{rows} x {size} tokens a step over {_words(mesh)}, {config.compute_dtype}', mesh,
-                      lambda: step.step.lower(step.state, step.batch),
-                      roofline.train_flops(step.task.cfg, rows, size), config.compute_dtype)
+                      lambda: step.step.lower(step.state, step.batch), flops, config.compute_dtype)
     if not hasattr(step.task, 'target') or not {'prefill', 'decode'} & set(names):
         return
     # Serving has its own best mesh: nothing is gained by gathering weights for every token.

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from backbone.errors import ConfigError, RequestError, TrainingDiverged
 from backbone.formats.staging import staged
+from backbone.formats.tensors import params_hash
 from backbone.sampling import Sampling
 from harness import compilation, data, decode, provenance, roofline
 from harness import fingerprint as fingerprints
@@ -103,13 +104,16 @@ class Trainer:
                                        keep_every=limits.keep_every)
         stack.callback(self.checkpoints.close)
         self.state, self.first = self._begin()
+        if getattr(task, 'cached', False):
+            self.rows, self.eval_rows = (self._with_features(rows) for rows in (self.rows, self.eval_rows))
         if leader:
             cut(folder / SAMPLES, self.first)
         self.metrics = Metrics(folder, self.first, enabled=leader)
         stack.callback(self.metrics.close)
         self.progress = Progress(config.num_steps, self.first, enabled=leader)
         stack.callback(self.progress.close)
-        self.flops = roofline.train_flops(task.cfg, config.data.batch_size, config.data.seq_len)
+        size = (config.data.batch_size, config.data.seq_len)
+        self.flops = task.train_flops(*size) if hasattr(task, 'train_flops') else roofline.train_flops(task.cfg, *size)
         self.peak = peak_flops(config.compute_dtype)[0] * mesh.size
         take = host_rows(self.plan.batch['tokens'])
         self.first_row = take.start
@@ -140,6 +144,15 @@ class Trainer:
         state = jax.device_put(state, jax.tree.map(lambda a: a.sharding, abstract))
         self.say(f'continuing after step {step} of {self.config.num_steps}')
         return state, step
+
+    def _with_features(self, rows: Any) -> Any:
+        """The rows with what the frozen base makes of them, so that no step runs it again."""
+        if jax.process_count() > 1:
+            raise ConfigError('cached features are for one process: set task.kwargs.cached to False')
+        task, base = self.plan.task, self.plan.tree(self.state)['base']
+        leaves = {path: a for path, a in self.state.frozen.items() if path.startswith('base/')}
+        digest = params_hash(jax.tree.map(np.asarray, leaves))
+        return data.cached(rows, task.features, base, digest, task.feature_name, self.config.data.batch_size)
 
     def save(self, step: int) -> None:
         self.metrics.flush()

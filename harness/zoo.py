@@ -2,6 +2,9 @@
 
     params, card = zoo.load('m2r2_smollm2', base_hash=loaded.base_hash)
 
+Large matrices may lie in int8 with a float32 scale a column, `<path>.scale` beside `<path>`: four times smaller, and a
+drafter's mistakes cost time, never output. They are loaded as float32.
+
 An artefact belongs to one base model, named by the `params_hash` of its parameters: weights trained on one base
 are noise on another, so the two are held against each other before anything runs.
 """
@@ -9,6 +12,7 @@ are noise on another, so the two are held against each other before anything run
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,7 @@ from backbone.formats.tensors import flatten, params_hash, unflatten
 ROOT = Path(__file__).resolve().parent.parent / 'zoo'
 MAX_BYTES = 10_000_000  # one artefact, weights and card
 MAX_TOTAL_BYTES = 24_000_000  # the whole zoo, as it is kept in the repository
-WEIGHTS, CARD = 'weights.safetensors', 'card.json'
+WEIGHTS, CARD, SCALE = 'weights.safetensors', 'card.json', '.scale'
 
 # What a card must say. metrics: measured on held-out data.
 FIELDS = {'base': str, 'base_hash': str, 'params_hash': str, 'config': dict, 'data': str, 'steps': int, 'seed': int,
@@ -59,13 +63,14 @@ def load(name: str, base_hash: str, root: Path = ROOT) -> tuple[dict[str, Any], 
 
 
 def save(name: str, params: Mapping[str, Any], card: Mapping[str, Any], root: Path = ROOT,
-         overwrite: bool = False) -> None:
-    """Writes an artefact; `params_hash` is added to the card.
+         overwrite: bool = False, int8: tuple[str, ...] = ()) -> None:
+    """Writes an artefact; `params_hash`, of what `load` will give, is added to the card.
 
-    Errors: FormatError when a field is missing, it is over MAX_BYTES, it exists already, or the disk refuses.
+    int8: regexes of the matrices that are stored so. Errors: FormatError when a field is missing, it is over
+    MAX_BYTES, it exists already, or the disk refuses.
     """
-    leaves = {path: np.ascontiguousarray(leaf) for path, leaf in flatten(params).items()}
-    card = {**card, 'params_hash': params_hash(params)}
+    leaves = quantise({path: np.ascontiguousarray(leaf) for path, leaf in flatten(params).items()}, int8)
+    card = {**card, 'params_hash': params_hash(unflatten(dequantise(leaves)))}
     _check_card(card, name)
     if not name.replace('_', '').replace('-', '').replace('.', '').isalnum() or name.startswith('.'):
         raise FormatError(f'{name}: not a name for an artefact (letters, digits, - _ .)')
@@ -76,9 +81,28 @@ def save(name: str, params: Mapping[str, Any], card: Mapping[str, Any], root: Pa
         _check_size(folder, name)
 
 
+def quantise(leaves: Mapping[str, np.ndarray], patterns: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Leaves [..., in, out] whose path matches a pattern as int8, with the scale [..., 1, out] of each column."""
+    stored: dict[str, np.ndarray] = {}
+    for path, leaf in leaves.items():
+        if leaf.ndim < 2 or not any(re.fullmatch(pattern, path) for pattern in patterns):
+            stored[path] = leaf
+            continue
+        wide = leaf.astype(np.float32)
+        scale = np.maximum(np.abs(wide).max(-2, keepdims=True), np.finfo(np.float32).tiny) / 127
+        stored |= {path: np.round(wide / scale).astype(np.int8), path + SCALE: scale}
+    return stored
+
+
+def dequantise(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What `quantise` stored, its int8 matrices as float32."""
+    return {path: leaf.astype(np.float32) * stored[path + SCALE] if path + SCALE in stored else leaf
+            for path, leaf in stored.items() if not path.endswith(SCALE)}
+
+
 def _read_weights(path: Path) -> dict[str, Any]:
     try:
-        return unflatten(load_file(path))
+        return unflatten(dequantise(load_file(path)))
     except OSError as error:
         raise FormatError(f'{path}: cannot be read: {error.strerror}') from None
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:

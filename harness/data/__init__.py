@@ -9,8 +9,9 @@ See docs/data.md.
 
 from harness.data.batches import Batches, EvalBatches, batches, eval_batches
 from harness.data.datasets import Dataset, Piece
+from harness.data.features import FeatureRows, cached
 from harness.data.rows import Rows, open_rows
 from harness.data.vocabularies import make_tokenizer, target_bytes
 
-__all__ = ['Batches', 'Dataset', 'EvalBatches', 'Piece', 'Rows', 'batches', 'eval_batches', 'make_tokenizer',
-           'open_rows', 'target_bytes']
+__all__ = ['Batches', 'Dataset', 'EvalBatches', 'FeatureRows', 'Piece', 'Rows', 'batches', 'cached', 'eval_batches',
+           'make_tokenizer', 'open_rows', 'target_bytes']

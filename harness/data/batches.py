@@ -96,7 +96,7 @@ class EvalBatches(Sequence[Batch]):
         first = i % len(self) * self._batch_size
         batch = self._rows.batch(self._numbers[first:first + self._batch_size])
         spare = self._batch_size - len(batch['tokens'])
-        return {name: np.pad(array, ((0, spare), (0, 0))) for name, array in batch.items()}
+        return {name: np.pad(array, ((0, spare),) + ((0, 0),) * (array.ndim - 1)) for name, array in batch.items()}
 
 
 def eval_batches(rows: Rows, *, batch_size: int, count: int) -> EvalBatches:

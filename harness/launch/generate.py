@@ -25,7 +25,8 @@ FORMAT = common.enum_flag('format', 'jsonl', ['jsonl', 'tfds'], 'Of --out: JSON 
 BATCH_SIZE = common.integer_flag('batch_size', 32, 'With --out: prompts decoded at once.')
 SAMPLES = common.integer_flag('samples_per_prompt', 1, 'With --out: answers to each prompt.')
 CHAT = common.bool_flag('chat', False, "Wrap each prompt in the model's chat template.")
-DRAFTER = common.string_flag('drafter', 'none', 'none, prompt_lookup, lookahead, early_exit, or a dotted path.')
+DRAFTER = common.string_flag('drafter', 'none', 'none, prompt_lookup, lookahead, early_exit, a name of the '
+                               'zoo, the directory of a run that trained one, or a dotted path.')
 DRAFTER_ARGS = common.list_flag('drafter_args', [], 'Its integers: block=4,layer=20.')
 MAX_NEW_TOKENS = common.integer_flag('max_new_tokens', 128, 'New tokens a prompt at most.')
 TEMPERATURE = common.float_flag('temperature', 0.0, '0 is greedy.')

@@ -1,0 +1,89 @@
+"""A trained drafter by name: an artefact of the zoo, or the working directory of the run that trains it.
+
+    drafter, ready = find('tensorhead_smollm2_r4', cfg, base_hash)
+    params = {'base': packed} | ready(packed, 'bfloat16')
+
+The task that trained it says what drafts with it, by dotted paths, and the card of an artefact repeats that:
+
+    Task.drafter() -> {'factory': makes the Drafter from `kwargs` and cfg, 'kwargs': {...}, 'params': its part of the
+                       parameter tree}
+
+and such a drafter has `ready(that part, packed base, dtype) -> the same for decoding`. The harness so needs to know no
+method.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from backbone.config import ModelConfig
+from backbone.contract import Drafter
+from backbone.errors import FormatError
+from backbone.formats.tensors import params_hash
+from harness import components, models, zoo
+from harness.metrics import ROWS
+
+
+def is_artefact(name: str) -> bool:
+    """True for a name of the zoo and for a working directory."""
+    return name in zoo.names() or models.is_workdir(models.split(name)[0])
+
+
+def find(name: str, cfg: ModelConfig, base_hash: str, arguments: Mapping[str, Any] | None = None
+         ) -> tuple[Drafter, Callable[[Any, Any], dict[str, Any]]]:
+    """(drafter, ready): ready(base, dtype) gives its parameters beside a base that is packed for decoding in dtype.
+
+    arguments: replace those that the task gave. Errors: FormatError for an unknown name or another base (both named);
+    ConfigError for an argument the drafter does not take.
+    """
+    if name in zoo.names():
+        tree, card = zoo.load(name, base_hash)
+        if 'drafter' not in card:
+            raise FormatError(f'{name}: this artefact drafts nothing')
+        spec = card['drafter']
+    else:
+        tree, spec, trained_on = from_workdir(name)
+        if trained_on != base_hash:
+            raise FormatError(f'{name}: trained on a base with parameters {trained_on}, the base given has {base_hash}')
+    drafter = components.build(spec['factory'], {**spec['kwargs'], **(arguments or {})}, {'cfg': cfg}, name)
+    return drafter, lambda base, dtype: {spec['params']: drafter.ready(tree, base, dtype)}
+
+
+def from_workdir(name: str) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """(parameters of the drafter, Task.drafter(), base_hash) of DIR or DIR@STEP."""
+    task, params, _ = models.read_run(*models.split(name))
+    if not hasattr(task, 'drafter'):
+        raise FormatError(f'{name}: what this run trains drafts nothing')
+    base = task.merged(params) if hasattr(task, 'merged') else params['base']
+    spec = task.drafter()
+    return jax.tree.map(np.asarray, params[spec['params']]), spec, params_hash(jax.tree.map(np.asarray, base))
+
+
+def card_of(workdir: str) -> dict[str, Any]:
+    """What a card says that the run itself knows: base, config, data, steps, seed, command, held-out metrics."""
+    folder, step = models.split(workdir)
+    run = models.read_config(folder)
+    config = run['config']
+    rows = [json.loads(line) for line in (folder / ROWS).read_text().splitlines()]
+    held_out = [row for row in rows if row['kind'] == 'eval' and (step is None or row['step'] <= step)]
+    if not held_out:
+        raise FormatError(f'{workdir}: the run has measured nothing on held-out data yet')
+    data = config['data']
+    return {'base': config['task']['kwargs'].get('base') or 'trained with it', 'config': config,
+            'data': f'{data["dataset"]}/{data["split"]}, rows of {data["seq_len"]} tokens; held out: {data["eval_split"]}',
+            'steps': held_out[-1]['step'], 'seed': config['seed'], 'command': run['command'], 'git': run['git'],
+            'versions': run['versions'], 'device': run['device'],
+            'metrics': {k: v for k, v in held_out[-1].items() if k not in ('kind', 'step')}}
+
+
+def to_zoo(name: str, workdir: str | Path, card: Mapping[str, Any], int8: tuple[str, ...], root: Path = zoo.ROOT,
+           overwrite: bool = False) -> None:
+    """Writes the drafter of a run as an artefact. card: the fields that are not in the run's own config."""
+    tree, spec, base_hash = from_workdir(str(workdir))
+    zoo.save(name, tree, {'base_hash': base_hash, 'drafter': spec, **card}, root, overwrite, int8)

@@ -1,0 +1,144 @@
+"""The CP head: one hidden state -> the weights and factors of a rank-r joint law of the next n tokens.
+
+    q(x_1..x_n | e) = sum_a w_a(e) prod_s p_a^(s)(x_s | e)        w = softmax(G e + b),  p_a^(s) = softmax(z_a^(s))
+
+(Basharin et al., 2024, arXiv 2410.17765.) Nothing here is of the size of the vocabulary until `logits` asks for it: the
+loss needs a gather and a log-sum-exp only (losses.py, lse.py), a draft one row at a time (drafter.py).
+
+Shapes: d hidden, n horizon, r rank, W words of the draft vocabulary. Factor index s is 0-based: it predicts x_{t+1+s}.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from backbone.errors import ConfigError
+from backbone.matmul import contract_packed, product
+from backbone.mesh import constrain
+from tensorhead.config import TensorHeadConfig
+
+Array = jax.Array
+
+
+@struct.dataclass
+class Factors:
+    """A mixture before its logits. The shared modes fill h; mode full fills e and kernel, whose logits are e @ kernel.
+
+    log_w [..., r], normalised, at least float32. h [..., m, r, d], of m <= n factors. e [..., d]; kernel [m, r, d, W].
+    """
+
+    log_w: Array
+    h: Array | None = None
+    e: Array | None = None
+    kernel: Array | None = None
+
+
+def init(cfg: TensorHeadConfig, rng: Array, draft_ids: Array | None = None) -> dict:
+    """A head's parameters (float32), pure. draft_ids int32 [W]: ascending base ids of the draft vocabulary.
+
+    Every component starts near the base's own next-token law (h = e plus noise): equal ones would stay equal for ever,
+    since a component learns in proportion to its responsibility and those would all be 1/r.
+    Errors: ConfigError where draft_ids and cfg.draft_vocab do not fit together.
+    """
+    if draft_ids is not None or cfg.draft_vocab:
+        _check_ids(cfg, draft_ids)
+    n, r, d, k = cfg.horizon, cfg.rank, cfg.hidden_size, cfg.inner_rank
+    keys = jax.random.split(rng, 3)
+    noise = lambda key, *shape: cfg.init_std * jax.random.normal(key, shape)
+    head = {'gate': {'kernel': noise(keys[0], d, r), 'bias': jnp.zeros((r,))}}
+    if cfg.mode == 'full':
+        head['factors'] = {'kernel': noise(keys[1], n, r, d, cfg.words)}
+    elif cfg.mode == 'lowrank_shared':
+        # Scaled so that the product's entries have the deviation init_std, as the full matrices' have.
+        down, up = d ** -0.5 * jax.random.normal(keys[1], (n, r, d, k)), noise(keys[2], n, r, k, d) * (d / k) ** 0.5
+        head['factors'] = {'down': down, 'up': up}
+    else:
+        head['factors'] = {'kernel': noise(keys[1], n, r, d, d)}
+        if cfg.mode == 'medusa_shared':
+            head['factors']['bias'] = jnp.zeros((n, r, d))
+    return head if draft_ids is None else head | {'draft_ids': jnp.asarray(draft_ids, jnp.int32)}
+
+
+def _check_ids(cfg: TensorHeadConfig, ids: Array | None) -> None:
+    given = 0 if ids is None else len(ids)
+    if given != cfg.draft_vocab:
+        raise ConfigError(f'tensorhead.draft_vocab is {cfg.draft_vocab}, {given} draft_ids were given')
+    if isinstance(ids, jax.core.Tracer):
+        return
+    ids = np.asarray(ids)
+    if ids[0] < 0 or ids[-1] >= cfg.vocab_size or (np.diff(ids) <= 0).any():
+        raise ConfigError(f'tensorhead.draft_vocab: draft_ids must ascend within 0..{cfg.vocab_size - 1}')
+
+
+def factors(cfg: TensorHeadConfig, head: dict, e: Array, positions: tuple[int, ...] | None = None) -> Factors:
+    """The mixture at hidden states e [..., d] (after the final norm). positions: factor indices wanted, default all n.
+
+    h is in e's dtype; products are accumulated and log_w is taken in at least float32.
+    """
+    log_w = jax.nn.log_softmax(product('...d,dr->...r', e, head['gate']['kernel']) + head['gate']['bias'], axis=-1)
+    p = head['factors'] if positions is None else {k: _take(v, positions) for k, v in head['factors'].items()}
+    if cfg.mode == 'full':
+        return Factors(log_w, e=e, kernel=p['kernel'])
+    if cfg.mode == 'lowrank_shared':
+        inner = product('...d,srdk->...srk', e, p['down']).astype(p['up'].dtype)
+        # In the operands' own dtype: XLA:CPU has no batched product of bfloat16 into float32.
+        change = jnp.einsum('...srk,srkd->...srd', inner, p['up'])
+    else:
+        change = product('...d,srdc->...src', e, p['kernel'])
+        if cfg.mode == 'medusa_shared':
+            change = jax.nn.silu(change + p['bias'])
+    return Factors(log_w, h=_pin((e[..., None, None, :] + change).astype(e.dtype)))
+
+
+def _take(leaf: Array, positions: tuple[int, ...]) -> Array:
+    """Rows `positions` of the leading axis; a slice where they are neighbours, which XLA need not copy."""
+    first, last = positions[0], positions[-1] + 1
+    return leaf[first:last] if positions == tuple(range(first, last)) else leaf[np.array(positions)]
+
+
+def _pin(h: Array) -> Array:
+    """h [..., n, r, d]: batch over `data`, components over `expert`, where a mesh is in force."""
+    leading = ('batch',) + (None,) * (h.ndim - 4) if h.ndim > 3 else ()
+    return constrain(h, *leading, None, 'component', None)
+
+
+def unembedding(base: dict, head: dict) -> Array:
+    """U [W, d]: the rows of the base's own unembedding that the head's words have; logits are h @ U.T.
+
+    base: params['base'], whose head is untied ([d, V], or packed [V, d]) or its embedding.
+    """
+    own = base.get('lm_head', {})
+    table = own.get('kernel_t', own.get('kernel', base['embed']['tokens']))
+    axis = int('kernel' in own)  # of the vocabulary
+    if 'draft_ids' in head:
+        table = jnp.take(table, head['draft_ids'], axis=axis)
+    U = table.T if axis else table
+    if 'project_out' in base['embed']:  # logits = (h P) T' = h (T P')'
+        U = product('we,de->wd', U, base['embed']['project_out']['kernel']).astype(U.dtype)
+    return U
+
+
+def logits(cfg: TensorHeadConfig, head: dict, mixture: Factors, U: Array | None = None, packed: bool = False) -> Array:
+    """Dense logits [..., m, r, W], at least float32, of the m factors there are. U [W, d]; mode full needs none.
+
+    packed: take the C product for few rows on a CPU (backbone/matmul.py): for decoding; it has no gradient.
+    """
+    del head
+    if cfg.mode == 'full':
+        return product('...d,srdw->...srw', mixture.e, mixture.kernel)
+    return contract_packed(mixture.h, U) if packed else product('...d,wd->...w', mixture.h, U)
+
+
+def index_of(head: dict, tokens: Array) -> tuple[Array, Array]:
+    """Base ids [...] -> (indices [...] in 0..W-1, bool [...]: is it a word of the draft vocabulary?).
+
+    The index of an unknown token is some word's: mask it.
+    """
+    if 'draft_ids' not in head:
+        return tokens, jnp.ones(tokens.shape, bool)
+    ids = head['draft_ids']
+    index = jnp.minimum(jnp.searchsorted(ids, tokens), len(ids) - 1).astype(jnp.int32)
+    return index, ids[index] == tokens

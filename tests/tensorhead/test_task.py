@@ -1,0 +1,235 @@
+"""Training a head through the ordinary loop, from kept hidden states, to a drafter of the zoo; and the loss's parts."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from backbone import formats, tokenizer
+from backbone.config import ModelConfig
+from backbone.errors import ConfigError, FormatError
+from backbone.formats.tensors import Loaded, flatten, params_hash
+from backbone.layout import pack
+from backbone.model import PlainTarget
+from configs import tensorhead_smollm2, training
+from harness import artefacts, decode, models, train, train_step, zoo
+from harness.baselines import Autoregressive
+from harness.launch import artefact as artefact_cli
+from tensorhead import task as tasks
+from tensorhead.config import TensorHeadConfig
+from tests.conftest import lively
+
+SHAPE = training.llama(vocab=257, hidden=32, layers=2, heads=2, kv_heads=1, intermediate=48, max_seq_len=64)
+HEAD = {'horizon': 3, 'rank': 2, 'inner_rank': 4, 'draft_vocab': 64}
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    """(path of a small model, its parameters, its hash)."""
+    cfg = ModelConfig.from_dict(SHAPE)
+    params = jax.tree.map(np.asarray, lively(cfg, 3))
+    path = tmp_path_factory.mktemp('base') / 'model'
+    loaded = Loaded(cfg, params, tokenizer.of_bytes(), 'small', params_hash(params))
+    formats.save(loaded, path, 'headway')
+    return path, cfg, params, params_hash(params)
+
+
+@pytest.fixture(scope='module')
+def config(base, tmp_path_factory):
+    """Twelve steps on a text of few letters, hidden states kept."""
+    folder = tmp_path_factory.mktemp('text')
+    rng = np.random.default_rng(0)
+    rows = [{'prompt': f'q{i}', 'text': ' '.join(rng.choice(['abc', 'dce', 'bad'], 20))} for i in range(60)]
+    (folder / 'train.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    (folder / 'validation.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows[:6]))
+    np.save(folder / 'ids.npy', np.sort(np.r_[32, 97:102, 150:208]).astype(np.int32))
+    config = tensorhead_smollm2.get_config('tiny')
+    config.task.kwargs = ml_collections.ConfigDict({
+        'base': str(base[0]), 'cached': True, 'positions': 16, 'head': HEAD, 'draft_ids': str(folder / 'ids.npy')})
+    config.data.update({'dataset': 'selfgen', 'manual_dir': str(folder), 'seq_len': 48, 'batch_size': 8,
+                        'data_dir': str(tmp_path_factory.mktemp('made'))})
+    config.num_steps = 12
+    config.log_every = 4
+    config.eval.every = config.checkpoint.every = 6
+    config.optimizer.update({'learning_rate': 5e-3, 'warmup_steps': 2})
+    return config
+
+
+@pytest.fixture(scope='module')
+def workdir(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('run') / 'head'
+    assert train.run(config, folder, say=lambda *_: None) == 'finished'
+    return folder
+
+
+def test_training_learns_and_leaves_the_base_alone(workdir, base):
+    rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    held_out = [row for row in rows if row['kind'] == 'eval']
+    assert held_out[-1]['joint_nll'] < held_out[0]['joint_nll']
+    assert 'perplexity' not in held_out[-1], 'with a draft vocabulary the loss is not that of the text'
+    assert models.load(workdir).base_hash == base[3]
+
+
+def test_kept_hidden_states_are_those_of_the_base(config, workdir):
+    """Loss and gradient from kept states are those of running the base, to bfloat16; with wrong states they are not."""
+    with jax.set_mesh(train_step.build_mesh(config)):
+        plan = train_step.plan(config)
+        state = plan.init()
+        assert plan.batch['hidden'].shape == (8, 48, 32) and plan.batch['hidden'].dtype == jnp.bfloat16
+        tok = tokenizer.of_bytes()
+        from harness import data
+        rows = data.open_rows(config.data, 'train', tok)
+        leaves = {path: a for path, a in state.frozen.items() if path.startswith('base/')}
+        digest = params_hash(jax.tree.map(np.asarray, leaves))
+        before = sorted(path.name for path in (rows.folder.parent.parent / 'features').iterdir())
+        kept = data.cached(rows, plan.task.features, plan.tree(state)['base'], digest, plan.task.feature_name, 8)
+        assert sorted(path.name for path in (rows.folder.parent.parent / 'features').iterdir()) == before, 'made again'
+        batch = kept.batch(range(8))
+        run = dataclasses.replace(plan.task, cached=False)
+        gradient = jax.jit(jax.grad(lambda head, task_batch, task: task.loss(
+            plan.tree(state) | {'tensorhead': head}, task_batch, jax.random.key(1))[0], allow_int=True), static_argnums=2)
+        head = plan.tree(state)['tensorhead']
+        ours, theirs = gradient(head, batch, plan.task), gradient(head, batch, run)
+        wrong = gradient(head, batch | {'hidden': np.roll(batch['hidden'], 1, axis=1)}, plan.task)
+
+    def off(a, b):
+        a, b = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(t['factors'])]) for t in (a, b))
+        return np.linalg.norm(a - b) / np.linalg.norm(b)
+    assert off(ours, theirs) < 0.05 < 0.3 < off(wrong, theirs)
+
+
+def test_what_was_trained_drafts_losslessly_from_the_directory_and_from_the_zoo(workdir, base, tmp_path, monkeypatch):
+    path, cfg, params, digest = base
+    monkeypatch.setattr(zoo, 'ROOT', tmp_path)
+    monkeypatch.setattr(zoo.names, '__defaults__', (tmp_path,))
+    monkeypatch.setattr(zoo.load, '__defaults__', (tmp_path,))
+    monkeypatch.setattr(artefacts.to_zoo, '__defaults__', (tmp_path, False))
+    card = artefacts.card_of(str(workdir))
+    artefacts.to_zoo('small_head', workdir, card, ('factors/.*',))
+    assert card['base'] == str(path) and card['steps'] == 12 and card['metrics']['joint_nll'] > 0
+    packed = pack(params)
+    target = PlainTarget(cfg, stacked=False)
+    prompts = [tokenizer.of_bytes().encode(text) for text in ('abc dce', 'b')]
+    want = decode.generate(target, Autoregressive(), {'base': packed}, prompts, max_new_tokens=20).tokens
+    heads = {}
+    for name in (str(workdir), 'small_head'):
+        assert artefacts.is_artefact(name)
+        drafter, ready = artefacts.find(name, cfg, digest)
+        heads[name] = ready(packed, 'float32')
+        found = decode.generate(target, drafter, {'base': packed} | heads[name], prompts, max_new_tokens=20)
+        assert found.tokens == want and drafter.block == 2
+    with pytest.raises(FormatError, match='trained on'):
+        artefacts.find('small_head', cfg, 'b' * 64)
+    with pytest.raises(FormatError, match='trained on'):
+        artefacts.find(str(workdir), cfg, 'b' * 64)
+    with pytest.raises(ConfigError, match='blok'):
+        artefacts.find('small_head', cfg, digest, {'blok': 2})
+    raw, loaded = (flatten(artefacts.from_workdir(str(workdir))[0]), flatten(zoo.load('small_head', digest)[0]))
+    off = np.abs(raw['factors/up'] - loaded['factors/up']).max()
+    assert 0 < off <= np.abs(raw['factors/up']).max() / 127, 'int8 with a scale a column'
+
+
+def test_the_card_command_refuses_a_file_that_is_not_one(workdir, tmp_path, capsys, monkeypatch):
+    from absl import flags
+    bad = tmp_path / 'x.json'
+    bad.write_text('[]')
+    flags.FLAGS(['artefact', f'--workdir={workdir}', '--name=x', f'--measured={bad}'])
+    with pytest.raises(Exception, match='cannot be read'):
+        artefact_cli.main(['artefact'])
+    assert not (zoo.ROOT / 'x').exists()
+
+
+# The loss's parts -----------------------------------------------------------------------------------------------------
+
+
+def small(**changes) -> tasks.HeadTask:
+    given = {'model': SHAPE, 'head': {'horizon': 3, 'rank': 2, 'inner_rank': 4}} | changes
+    return tasks.build(**given)
+
+
+@pytest.fixture(scope='module')
+def batch():
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, 257, (4, 25)).astype(np.int32)
+    segments = np.ones((4, 24), np.int32)
+    segments[1, 10:] = 2
+    weights = np.ones((4, 24), np.float32)
+    weights[1, 9] = 0  # the target that belongs to another document
+    weights[2, :6] = 0  # a prompt
+    return {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:], 'segments': segments, 'weights': weights,
+            'positions': np.tile(np.arange(24, dtype=np.int32), (4, 1))}
+
+
+def test_positions_are_drawn_from_those_that_count(batch):
+    task = small(positions=5)
+    params = task.init(jax.random.key(0))
+    hidden = task.features(params['base'], batch)['hidden']
+    future, valid, weight = tasks.losses.windows(batch['targets'], batch['segments'], batch['weights'], 3)
+    seen = set()
+    for seed in range(20):
+        e, _, _, chosen, at = task.choose(hidden, future, valid, weight, jax.random.key(seed))
+        assert (np.asarray(chosen) > 0).all() and all(len(set(row)) == 5 for row in np.asarray(at).tolist())
+        assert np.array_equal(e[2, 0], hidden[2, at[2, 0]])
+        seen |= set(np.asarray(at[2]).tolist())
+    assert seen == set(range(6, 24)), 'each position that counts, and no other'
+
+
+def test_an_unknown_word_ends_the_window_except_at_the_pending_token():
+    head = {'draft_ids': jnp.array([2, 5, 9])}
+    future = jnp.array([[2, 5, 9], [3, 5, 9], [2, 3, 9], [2, 5, 3]])
+    index, valid = tasks.known_suffix(head, future, jnp.ones((4, 3), bool))
+    assert valid.tolist() == [[True] * 3, [False, True, True], [True, False, False], [True, True, False]]
+    assert np.array_equal(np.where(valid, index, -1), [[0, 1, 2], [-1, 1, 2], [0, -1, -1], [0, 1, -1]])
+
+
+def test_every_form_of_the_loss_trains_every_mode(batch):
+    """Finite loss and gradients that reach gate and factors, for each mode and each kind of loss."""
+    forms = [('full', {'loss': 'joint', 'balance': 'switch'}), ('linear_shared', {'loss': 'distill', 'beta': 0.5}),
+             ('medusa_shared', {'loss': 'distill', 'bernoulli': True, 'balance': 'cv2'}),
+             ('lowrank_shared', {'first': 0.0, 'chunk': 100, 'balance': 'neg_entropy'})]
+    for mode, options in forms:
+        task = small(head={'horizon': 3, 'rank': 2, 'inner_rank': 4, 'mode': mode}, **options)
+        params = task.init(jax.random.key(0))
+        (loss, metrics), grads = jax.jit(jax.value_and_grad(task.loss, has_aux=True))(params, batch, jax.random.key(0))
+        assert np.isfinite(loss) and 0 < float(metrics['joint_nll']) < 40, mode
+        assert metrics['nll'] == metrics['nll_1'] and float(metrics['weight']) == batch['weights'].sum()
+        for path, leaf in flatten(grads['tensorhead']).items():
+            assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, (mode, path)
+        assert np.abs(grads['base']['embed']['tokens']).max() > 0, 'from scratch the trunk learns too'
+
+
+def test_adapters_train_with_the_head_and_make_another_base(batch, base):
+    task = tasks.build(base=str(base[0]), head={'horizon': 2, 'rank': 1, 'inner_rank': 4}, lora_rank=2, lora_last=1)
+    params = task.init(jax.random.key(0)) | {'base': jax.tree.map(jnp.asarray, base[2])}
+    assert train_step.split(flatten(params), task.trainable)[0].keys() == {
+        path for path in flatten(params) if path.startswith(('lora/', 'tensorhead/'))}
+    grads = jax.jit(jax.grad(lambda p: task.loss(p, batch, jax.random.key(0))[0]))(params)
+    assert all(np.abs(leaf).max() > 0 for path, leaf in flatten(grads['lora']).items() if path.endswith('/b'))
+    moved = params | {'lora': jax.tree.map(lambda a: a + 0.1, params['lora'])}
+    assert params_hash(jax.tree.map(np.asarray, task.merged(moved))) != base[3]
+    assert params_hash(jax.tree.map(np.asarray, task.merged(params))) == base[3]
+
+
+@pytest.mark.parametrize(('changes', 'named'), (
+    ({'loss': 'magic'}, 'magic'), ({'balance': 'magic'}, 'magic'), ({'cached': True}, 'cached'),
+    ({'discount': 0.0}, 'discount'), ({'rank': 3}, 'rank'), ({'head': {'mode': 'magic'}}, 'magic'),
+    ({'head': {'rang': 3}}, 'rang'), ({'head': {'hidden_size': 5}}, 'hidden size 5'), ({'base': 'x'}, 'either')))
+def test_a_wrong_field_is_named(changes, named):
+    with pytest.raises(ConfigError, match=named):
+        small(**changes)
+
+
+@pytest.mark.parametrize('ids', (np.arange(3), np.array([0, 5, 5, 6]), np.array([0, 1, 2, 9]), np.array([[0, 1, 2, 3]])))
+def test_a_wrong_draft_vocabulary_is_refused(tmp_path, ids):
+    np.save(tmp_path / 'ids.npy', ids)
+    with pytest.raises(ConfigError, match='ids.npy'):
+        tasks.read_ids(str(tmp_path / 'ids.npy'), TensorHeadConfig(4, 8, draft_vocab=4))
+
+
+def test_a_draft_vocabulary_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError, match='none.npy'):
+        tasks.read_ids(str(tmp_path / 'none.npy'), TensorHeadConfig(4, 8, draft_vocab=4))
