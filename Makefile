@@ -21,6 +21,7 @@ COMPARE_DATA := smollm2-135m mt_bench
 TEST_DATA    := $(COMPARE_DATA) enwik8 lambada piqa arc_easy hellaswag gsm8k
 
 .PHONY: setup tpu-compiler gpu-compiler compare test soak lint peers data clean
+.PRECIOUS: out/tensorhead_smollm2_r%/finished
 
 setup: $(READY) tpu-compiler
 
@@ -64,6 +65,26 @@ lint: $(READY)
 peers: $(READY)
 	$(PYTHON) scripts/peers/setup.py .venv-peers
 	$(PY) -m harness.peers --peers_python=.venv-peers/bin/python --workdir=out/peers
+
+# Artefacts of the zoo, made again from nothing: the base's own text, training, weights and card (docs/tensorhead.md).
+TEXT     := out/text/smollm2
+GENERATE := $(PY) -m harness.launch.generate --model=smollm2-135m --dtype=bfloat16
+HEAD     := --config=configs/tensorhead_smollm2.py
+
+$(TEXT)/ids.npy: | $(READY)
+	$(GENERATE) --batch_file=catalogue:sharegpt --limit=1536 --chat --max_new_tokens=160 --batch_size=96 \
+	    --out=$(TEXT)/chat.jsonl
+	$(GENERATE) --batch_file=catalogue:stdlib --max_new_tokens=96 --batch_size=64 --out=$(TEXT)/code.jsonl
+	$(GENERATE) --batch_file=catalogue:sharegpt --limit=1700 --chat --max_new_tokens=128 --batch_size=96 \
+	    --temperature=0.8 --seed=1 --out=$(TEXT)/chat_sampled.jsonl
+	$(PY) scripts/draft_vocabulary.py $(HEAD) --size=4096 --out=$@
+
+out/tensorhead_smollm2_r%/finished: $(TEXT)/ids.npy
+	$(PY) -m harness.launch.train $(HEAD) --config.task.kwargs.head.rank=$* --workdir=out/tensorhead_smollm2_r$*
+
+zoo-tensorhead_smollm2_r%: out/tensorhead_smollm2_r%/finished
+	$(PY) -m harness.launch.artefact --workdir=out/tensorhead_smollm2_r$* --name=tensorhead_smollm2_r$* \
+	    --int8='factors/(down|up)' --overwrite
 
 clean:
 	rm -rf $(VENV) .venv-peers out

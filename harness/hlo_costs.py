@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -209,8 +209,10 @@ def _read(module: Module, computation: Computation, index: int) -> float:
     return math.inf if parameter is None else _read_of(module, computation, parameter)
 
 
-def _read_of(module: Module, computation: Computation, value: Instruction) -> float:
-    total = 0.0
+def _read_of(module: Module, computation: Computation, value: Instruction,
+             outside: Callable[[], float] = lambda: math.inf) -> float:
+    """outside: what is read of the computation's result, where `value` is that."""
+    total = outside() if value.name == computation.root else 0.0
     for user in computation.users[value.name]:
         place = user.operands.index(value.name)
         if user.opcode in ('dynamic-slice', 'slice', 'gather') and place == 0:
@@ -218,9 +220,10 @@ def _read_of(module: Module, computation: Computation, value: Instruction) -> fl
         elif user.opcode == 'dynamic-update-slice' and place == 0:
             continue  # written in place
         elif user.opcode == 'bitcast':
-            total += _read_of(module, computation, user)
-        elif user.opcode == 'fusion' and (called := module.called(user)):
-            total += _read(module, called, place)
+            total += _read_of(module, computation, user, outside)
+        elif user.opcode == 'fusion' and (called := module.called(user)) and place in called.parameters:
+            total += _read_of(module, called, called.parameters[place],
+                              lambda user=user: _read_of(module, computation, user, outside))
         else:
             return math.inf
     return total

@@ -19,12 +19,13 @@ from jax.sharding import PartitionSpec as P
 from backbone.errors import ConfigError
 from backbone.mesh import AXES, make_mesh, shardings
 from backbone.sampling import GREEDY
-from harness import decode, roofline, topology
+from harness import components, decode, roofline, topology
 from harness.aot import Compiled, Program, compile_program
 from harness.baselines import Autoregressive
 from harness.train_step import StepPlan, plan
 
 PROGRAMS = ('train', 'prefill', 'decode')
+DRAFTING = ('draft', 'round')  # of a task whose Task.drafter (harness/artefacts.py) drafts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +52,9 @@ def rehearse(config: Any, topology_name: str, names: tuple[str, ...] = PROGRAMS,
     Errors: ConfigError (unknown topology, a mesh that is not its size, a batch that does not divide),
     CompilerMissing, and what the task raises.
     """
-    unknown = [name for name in names if name not in PROGRAMS]
+    unknown = [name for name in names if name not in PROGRAMS + DRAFTING]
     if unknown:
-        raise ConfigError(f'unknown program {", ".join(unknown)}, one of {", ".join(PROGRAMS)}')
+        raise ConfigError(f'unknown program {", ".join(unknown)}, one of {", ".join(PROGRAMS + DRAFTING)}')
     devices, chip = topology.get(topology_name)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always', UserWarning)
@@ -88,11 +89,11 @@ def programs(config: Any, devices: list[jax.Device], name: str, names: tuple[str
     step = plan(config, mesh, load=False)
     rows, size = config.data.batch_size, config.data.seq_len
     if 'train' in names:
-        flops = (step.task.train_flops(rows, size) if hasattr(step.task, 'train_flops') else
-                 roofline.train_flops(step.task.cfg, rows, size))
+        needed = (step.task.train_flops(rows, size) if hasattr(step.task, 'train_flops') else
+                  roofline.train_flops(step.task.cfg, rows, size))
         yield Program('train', f'{rows} x {size} tokens a step over {_words(mesh)}, {config.compute_dtype}', mesh,
-                      lambda: step.step.lower(step.state, step.batch), flops, config.compute_dtype)
-    if not hasattr(step.task, 'target') or not {'prefill', 'decode'} & set(names):
+                      lambda: step.step.lower(step.state, step.batch), needed, config.compute_dtype)
+    if not hasattr(step.task, 'target') or not {'prefill', 'decode', *DRAFTING} & set(names):
         return
     # Serving has its own best mesh: nothing is gained by gathering weights for every token.
     serving = config.rehearse.get('mesh') or config.mesh
@@ -114,7 +115,20 @@ def programs(config: Any, devices: list[jax.Device], name: str, names: tuple[str
                       serve.prefill, flops(k_tokens=prompt) - unread, 'bfloat16')
     if 'decode' in names:
         yield Program('decode', f'{batch} rows, one token each after {context} over {_words(mesh)}, bfloat16', mesh,
-                      serve.decode, flops(k_tokens=1, context=context), 'bfloat16')
+                      lambda: serve.decode(Autoregressive()), flops(k_tokens=1, context=context), 'bfloat16')
+    if not {*DRAFTING} & set(names):
+        return
+    if not hasattr(step.task, 'drafter'):
+        raise ConfigError(f'{config.task.factory} trains nothing that drafts: no {" or ".join(DRAFTING)} to compile')
+    spec = step.task.drafter()
+    drafter = components.build(spec['factory'], spec['kwargs'], {'cfg': cfg}, 'task.drafter')
+    if 'draft' in names:
+        yield Program('draft', f'{batch} rows, {drafter.block} drafts each over {_words(mesh)}, bfloat16', mesh,
+                      lambda: serve.draft(drafter, spec['params']), 0.0, 'bfloat16')
+    if 'round' in names:
+        yield Program('round', f'{batch} rows, {drafter.block} drafts each and their verification after {context} over '
+                      f'{_words(mesh)}, bfloat16', mesh, lambda: serve.decode(drafter, spec['params']),
+                      flops(k_tokens=drafter.block + 1, context=context), 'bfloat16')
 
 
 def _words(mesh: Mesh) -> str:
@@ -132,25 +146,42 @@ class _Serving:
         self.place = lambda tree: jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings(cfg, tree, mesh))
         self.params = self.place(jax.tree.map(half, step.tree(step.state)))
-        self.cache = self.place(jax.eval_shape(lambda: self.target.init_cache(batch, context, 0)))
+        self.context, self.prompt, self.dtype = context, prompt, jnp.dtype('bfloat16')
         self.rows = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
             (batch, *shape), dtype, sharding=NamedSharding(mesh, P('data')))
-        self.prompt = prompt
+        self.alike = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(
+            a.shape, a.dtype, sharding=NamedSharding(mesh, P())), tree)
+
+    def cache(self, block: int) -> Any:
+        batch = self.rows().shape[0]
+        return self.place(jax.eval_shape(lambda: self.target.init_cache(batch, self.context, block)))
+
+    def with_drafter(self, drafter: Any, name: str) -> Any:
+        """The parameters with params[name], what the drafter reads, ready for decoding where that is another form."""
+        if not hasattr(drafter, 'ready'):
+            return self.params
+        ready = jax.eval_shape(lambda part, base: drafter.ready(part, base, self.dtype),
+                               self.params[name], self.params['base'])
+        return self.place({'base': self.params['base'], name: ready})
 
     def prefill(self) -> Any:
-        return decode.run_prompt.lower(self.target, (), self.params, self.rows(self.prompt), self.cache, self.rows())
+        return decode.run_prompt.lower(self.target, (), self.params, self.rows(self.prompt), self.cache(0), self.rows())
 
-    def decode(self) -> Any:
-        drafter = Autoregressive()
-        batch, context = self.cache.tokens.shape[0], self.cache.tokens.shape[1] - 1
-        alike = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(
-            a.shape, a.dtype, sharding=NamedSharding(self.mesh, P())), tree)
+    def draft(self, drafter: Any, name: str) -> Any:
+        cache, rng = self.cache(drafter.block), self.alike(jax.eval_shape(lambda: jax.random.key(0)))
+        state = self.alike(jax.eval_shape(lambda: drafter.init_state(cache.tokens.shape[0], self.context)))
+        run = jax.jit(lambda params, cache, state, rng: drafter.draft(params, cache, state, rng, GREEDY)[0].tokens)
+        return run.lower(self.with_drafter(drafter, name), cache, state, rng)
+
+    def decode(self, drafter: Any, name: str = '') -> Any:
+        params = self.with_drafter(drafter, name) if name else self.params
+        cache = self.cache(drafter.block)
         counts = jax.ShapeDtypeStruct((drafter.block + 1,), jnp.int32)
         state = decode.DecodeState(
-            self.cache, alike(jax.eval_shape(lambda: drafter.init_state(batch, context))),
-            alike(jax.eval_shape(lambda: jax.random.key(0))), self.rows(), self.rows(dtype=jnp.bool_), self.rows(),
-            alike(counts), alike(counts))
-        return decode.decode_one.lower(self.target, drafter, self.params, state, sampling=GREEDY, stops=())
+            cache, self.alike(jax.eval_shape(lambda: drafter.init_state(cache.tokens.shape[0], self.context))),
+            self.alike(jax.eval_shape(lambda: jax.random.key(0))), self.rows(), self.rows(dtype=jnp.bool_), self.rows(),
+            self.alike(counts), self.alike(counts))
+        return decode.decode_one.lower(self.target, drafter, params, state, sampling=GREEDY, stops=())
 
 
 def _with_room(config: Any, name: str, program: str) -> Program | None:

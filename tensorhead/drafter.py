@@ -100,12 +100,15 @@ class TensorHeadDrafter:
             probs = law(log_q, sampling)
             return draw(probs, fold_in(rng, s)), probs
 
-        index, probs = cp.walk(log_w, logp, choose)  # [B, K]
+        if logp.shape[2] == 1:  # one component: a draft says nothing of the next, so all are chosen at once
+            index, probs = choose(0, logp[:, :, 0])
+        else:
+            index, probs = cp.walk(log_w, logp, choose)
+            probs = None if sampling.greedy else jnp.stack(probs, axis=1)
         ids = head.get('draft_ids')
         length = jnp.full(index.shape[:1], self.block, jnp.int32)
         drafted = None
         if not sampling.greedy:
-            probs = jnp.stack(probs, axis=1)
             gold = jnp.take_along_axis(probs, index[..., None], axis=-1)[..., 0]
             drafted = DraftedLaw(probs, gold, ids, self.cfg.vocab_size)
         return Draft(index if ids is None else ids[index], length, drafted), cache, state

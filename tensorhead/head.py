@@ -3,7 +3,7 @@
     q(x_1..x_n | e) = sum_a w_a(e) prod_s p_a^(s)(x_s | e)        w = softmax(G e + b),  p_a^(s) = softmax(z_a^(s))
 
 (Basharin et al., 2024, arXiv 2410.17765.) Nothing here is of the size of the vocabulary until `logits` asks for it: the
-loss needs a gather and a log-sum-exp only (losses.py, lse.py), a draft one row at a time (drafter.py).
+loss needs a gather and a log-sum-exp only (losses.py, lse.py), a draft a few rows at a time (packed.py).
 
 Shapes: d hidden, n horizon, r rank, W words of the draft vocabulary. Factor index s is 0-based: it predicts x_{t+1+s}.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from flax import struct
 
 from backbone.errors import ConfigError
-from backbone.matmul import contract_packed, product
+from backbone.matmul import product
 from backbone.mesh import constrain
 from tensorhead.config import TensorHeadConfig
 
@@ -27,7 +27,7 @@ Array = jax.Array
 class Factors:
     """A mixture before its logits. The shared modes fill h; mode full fills e and kernel, whose logits are e @ kernel.
 
-    log_w [..., r], normalised, at least float32. h [..., m, r, d], of m <= n factors. e [..., d]; kernel [m, r, d, W].
+    log_w [..., r], normalised, at least float32. h [..., n, r, d]. e [..., d]; kernel [n, r, d, W].
     """
 
     log_w: Array
@@ -73,13 +73,13 @@ def _check_ids(cfg: TensorHeadConfig, ids: Array | None) -> None:
         raise ConfigError(f'tensorhead.draft_vocab: draft_ids must ascend within 0..{cfg.vocab_size - 1}')
 
 
-def factors(cfg: TensorHeadConfig, head: dict, e: Array, positions: tuple[int, ...] | None = None) -> Factors:
-    """The mixture at hidden states e [..., d] (after the final norm). positions: factor indices wanted, default all n.
+def factors(cfg: TensorHeadConfig, head: dict, e: Array) -> Factors:
+    """The mixture at hidden states e [..., d] (after the final norm).
 
     h is in e's dtype; products are accumulated and log_w is taken in at least float32.
     """
     log_w = jax.nn.log_softmax(product('...d,dr->...r', e, head['gate']['kernel']) + head['gate']['bias'], axis=-1)
-    p = head['factors'] if positions is None else {k: _take(v, positions) for k, v in head['factors'].items()}
+    p = head['factors']
     if cfg.mode == 'full':
         return Factors(log_w, e=e, kernel=p['kernel'])
     if cfg.mode == 'lowrank_shared':
@@ -91,12 +91,6 @@ def factors(cfg: TensorHeadConfig, head: dict, e: Array, positions: tuple[int, .
         if cfg.mode == 'medusa_shared':
             change = jax.nn.silu(change + p['bias'])
     return Factors(log_w, h=_pin((e[..., None, None, :] + change).astype(e.dtype)))
-
-
-def _take(leaf: Array, positions: tuple[int, ...]) -> Array:
-    """Rows `positions` of the leading axis; a slice where they are neighbours, which XLA need not copy."""
-    first, last = positions[0], positions[-1] + 1
-    return leaf[first:last] if positions == tuple(range(first, last)) else leaf[np.array(positions)]
 
 
 def _pin(h: Array) -> Array:
@@ -121,15 +115,12 @@ def unembedding(base: dict, head: dict) -> Array:
     return U
 
 
-def logits(cfg: TensorHeadConfig, head: dict, mixture: Factors, U: Array | None = None, packed: bool = False) -> Array:
-    """Dense logits [..., m, r, W], at least float32, of the m factors there are. U [W, d]; mode full needs none.
-
-    packed: take the C product for few rows on a CPU (backbone/matmul.py): for decoding; it has no gradient.
-    """
+def logits(cfg: TensorHeadConfig, head: dict, mixture: Factors, U: Array | None = None) -> Array:
+    """Dense logits [..., n, r, W], at least float32. U [W, d]; mode full needs none. To decode: packed.py."""
     del head
     if cfg.mode == 'full':
         return product('...d,srdw->...srw', mixture.e, mixture.kernel)
-    return contract_packed(mixture.h, U) if packed else product('...d,wd->...w', mixture.h, U)
+    return product('...d,wd->...w', mixture.h, U)
 
 
 def index_of(head: dict, tokens: Array) -> tuple[Array, Array]:

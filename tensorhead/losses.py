@@ -30,13 +30,13 @@ def windows(targets: Array, segments: Array, weights: Array, n: int) -> tuple[Ar
     """A batch's windows: targets, segments, weights [B, S] (docs/data.md) -> (future [B, S, n], valid, weight [B, S]).
 
     future[t, s] is the token s + 1 after position t; valid[t, s] says that it and all before it count, in the document
-    of t and in the row: what is not valid is a suffix. weight is t's own, 0 where not even its first token counts.
+    of t and in the row: what is not valid is a suffix. weight is t's own, so 0 where not even its first token counts.
     """
     size = targets.shape[1]
     ahead = lambda a: jnp.stack([jnp.pad(a, ((0, 0), (0, n - 1)))[:, s:s + size] for s in range(n)], axis=-1)
     counts = (ahead(weights) > 0) & (ahead(segments) == segments[..., None])
     valid = jnp.cumprod(counts, axis=-1).astype(bool)
-    return ahead(targets), valid, weights * valid[..., 0]
+    return ahead(targets), valid, weights
 
 
 def gold_logp(cfg: TensorHeadConfig, head: dict, mixture: Factors, U: Array, index: Array, valid: Array,

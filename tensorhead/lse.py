@@ -41,13 +41,13 @@ def _chunked(h: Array, U: Array, chunk: int, frozen: bool) -> Array:
 
 def _save(h: Array, U: Array, chunk: int, frozen: bool):
     lse, mu = _forward(h, U, chunk, mean=frozen)
-    return lse, (mu, jnp.zeros((), h.dtype), U) if frozen else (h, U, lse)
+    return lse, (mu, U) if frozen else (h, U, lse)
 
 
 def _backward(chunk: int, frozen: bool, saved, g: Array):
     if frozen:
-        mu, like, U = saved
-        return (g[..., None] * mu).astype(like.dtype), jnp.zeros_like(U)
+        mu, U = saved
+        return (g[..., None] * mu).astype(mu.dtype), jnp.zeros_like(U)
     return _recompute(*saved, chunk, g)
 
 
@@ -115,13 +115,13 @@ def _recompute(h: Array, U: Array, lse: Array, chunk: int, g: Array) -> tuple[Ar
     pieces = _pieces(U)
     count, size = _steps(pieces, chunk)
     wide = lse.dtype
+    lead = 'abcefghi'[:h.ndim - 1]  # rows keep their axes: a reshape would merge sharded ones
 
     def step(carry, i):
         dh, dU = carry
         part, start, fresh = _part(pieces, i, size)
         p = jnp.exp(_logits(h, part, fresh) - lse[..., None, None]) * g[..., None, None]
         dh = dh + product('...pv,pvd->...pd', p, part)
-        lead = ''.join('abcefgij'[:h.ndim - 1])
         own = product(f'{lead}pv,{lead}d->pvd', p, h.astype(U.dtype))
         own = own + jax.lax.dynamic_slice_in_dim(dU, start, size, axis=1)
         return (dh, jax.lax.dynamic_update_slice_in_dim(dU, own, start, axis=1)), None

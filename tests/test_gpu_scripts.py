@@ -7,16 +7,47 @@ import pathlib
 import subprocess
 import sys
 
+from safetensors.numpy import load_file
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def test_train_135m(tmp_path):
-    command = [sys.executable, 'scripts/gpu/train_135m.py', '--tiny', '--minutes=0.02', f'--out={tmp_path}']
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300,
-                          env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT)})
+def run(script, *args, xla_flags=''):
+    done = subprocess.run([sys.executable, f'scripts/gpu/{script}', '--tiny', *args], cwd=ROOT, text=True,
+                          capture_output=True, timeout=300, env=os.environ | {
+                              'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': xla_flags, 'PYTHONPATH': str(ROOT)})
     assert done.returncode == 0, done.stderr
+
+
+def test_train_135m(tmp_path):
+    run('train_135m.py', '--minutes=0.02', f'--out={tmp_path}')
     report = json.loads((tmp_path / 'train_135m.json').read_text())
     assert len(report['variants']) == 2 and all(v['tokens_per_s'] > 0 for v in report['variants'])
     rows = list(csv.DictReader((tmp_path / 'train_135m_loss.csv').open()))
     assert len(rows) == report['run']['steps'] - 1 and float(rows[0]['loss']) > 9
     assert report['text'].startswith('random tokens')
+
+
+def test_train_tensorhead(tmp_path):
+    run('train_tensorhead.py', '--heads=r2', '--steps=12', '--batch=1', '--timed=1', '--repeats=2', '--logits_gib=0.0006',
+        '--max_new_tokens=16', '--piece_bytes=9000', f'--out={tmp_path}',
+        xla_flags='--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true')
+    report = json.loads((tmp_path / 'train_tensorhead.json').read_text())
+    head, decoding = report['heads']['r2'], report['decoding']
+    assert head['accumulate'] == 2 and len(head['step_ms']) == 2 and head['curve'][-1][0] == 12
+    assert head['curve'][-1][1] < head['curve'][0][1]  # it learns the rows it is measured on
+    losses = head['held_out']
+    assert losses['nll_1'] < 5.6 and 2.9 * losses['nll_1'] < losses['joint_nll'] < 3.1 * losses['nll_1']
+    assert losses['tokens'] == 2 * 8 * 64
+    assert head['greedy']['rounds'] > 0 and 0 <= head['sampled']['accepted'] <= 2
+    assert decoding['r2']['same_text'] == 1.0 and len(decoding['r2']['speedups']) == 2
+    assert decoding['plain']['speedup'] == 1.0
+
+    pieces = [load_file(tmp_path / name) for name in head['files']]
+    assert len(pieces) > 2 and all(sum(a.nbytes for a in piece.values()) <= 9000 for piece in pieces)
+    joined: dict[str, list] = {}
+    for key, part in sorted((item for piece in pieces for item in piece.items()),
+                            key=lambda item: int(item[0].rpartition(':')[2])):
+        joined.setdefault(key.rpartition(':')[0], []).append(part)
+    assert {path: (sum(map(len, parts)), *parts[0].shape[1:]) for path, parts in joined.items()} == {
+        'gate/kernel': (64, 2), 'gate/bias': (2,), 'factors/down': (3, 2, 64, 8), 'factors/up': (3, 2, 8, 64)}

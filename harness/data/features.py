@@ -9,6 +9,7 @@ base and the batch alone. Its batches then hold those arrays beside tokens and t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +56,24 @@ def cached(rows: Rows, features: Callable[[Any, Mapping[str, jax.Array]], dict[s
     folder = rows.folder.parent.parent / 'features' / f'{rows.folder.name.rpartition("-")[0]}-{fingerprint[:16]}'
     run = jax.jit(lambda base, batch: {k: v.astype(jnp.bfloat16) for k, v in features(base, batch).items()})
     matrices = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.ndim > 2 else a, base['layers'])  # stacked: [L, .., ..]
-    base = {**base, 'layers': matrices}
+    base, size = {**base, 'layers': matrices}, max(1, batch_size // 2)
 
     def make(temporary: Path) -> dict[str, Any]:
         temporary.mkdir()
-        out: dict[str, np.ndarray] = {}
-        for first in tqdm(range(0, len(rows), batch_size), desc='features', unit='batch', disable=None):
-            numbers = np.minimum(np.arange(first, first + batch_size), len(rows) - 1)
-            found = run(base, rows.batch(numbers))
-            for feature, values in found.items():
-                values = np.asarray(values).view(np.uint16)[:len(rows) - first]
-                if feature not in out:
-                    out[feature] = np.lib.format.open_memmap(
-                        temporary / f'{feature}.npy', mode='w+', dtype=np.uint16, shape=(len(rows), *values.shape[1:]))
-                out[feature][first:first + len(values)] = values
+        like = jax.eval_shape(run, base, rows.batch(np.zeros(size, int)))
+        out = {feature: np.lib.format.open_memmap(temporary / f'{feature}.npy', mode='w+', dtype=np.uint16,
+                                                  shape=(len(rows), *a.shape[1:])) for feature, a in like.items()}
+
+        def fill(first: int) -> None:
+            numbers = np.minimum(np.arange(first, first + size), len(rows) - 1)
+            for feature, values in run(base, rows.batch(numbers)).items():
+                out[feature][first:first + size] = np.asarray(values).view(np.uint16)[:len(rows) - first]
+
+        # Two calls at a time: where one runs on a single core (softmax, norms) the other has a product for the rest.
+        with futures.ThreadPoolExecutor(2) as pool:
+            for done in tqdm([pool.submit(fill, first) for first in range(0, len(rows), size)], desc='features',
+                             unit='batch', disable=None):
+                done.result()
         for array in out.values():
             array.flush()
         return key | {'names': sorted(out)}

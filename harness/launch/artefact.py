@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     if MEASURED.value:
         try:
             rows = json.loads(Path(MEASURED.value).read_text())['rows']
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise RequestError(f'--measured={MEASURED.value} cannot be read ({error!r})') from None
         rows = [row for row in rows if row['drafter'] in (NAME.value, WORKDIR.value)]
     card = artefacts.card_of(WORKDIR.value) | ({'note': NOTE.value} if NOTE.value else {})

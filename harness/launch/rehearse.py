@@ -16,7 +16,7 @@ from harness.launch import common
 
 CONFIG = config_flags.DEFINE_config_file('config', 'configs/pod_llama31_8b.py', 'The run; any key can be set.')
 TOPOLOGY = common.string_flag('topology', None, 'Chip and arrangement: v5e:4x4, v5p:2x2x1, v6e:16x16, h200:1.')
-PROGRAMS = common.list_flag('programs', ['train', 'prefill', 'decode'], 'What to compile.')
+PROGRAMS = common.list_flag('programs', ['train', 'prefill', 'decode'], 'Of those, and draft, round.')
 QUICK = common.bool_flag('quick', False, 'Let the compiler try less hard: several times faster, a rougher picture.')
 JSON = common.string_flag('json', None, 'File for everything that is printed, and more, as JSON.')
 

@@ -3,7 +3,8 @@
     python scripts/gpu/pack_text.py --config=configs/base_135m.py --rows=4096 --out=rows.npz
     python scripts/gpu/pack_text.py --config=configs/tensorhead_smollm2.py:gpu --rows=512 \\
         --config.data.split=validation --out=held_out.npz
-    python scripts/gpu/pack_text.py --config=configs/tensorhead_smollm2.py:gpu --prompts=mt_bench --rows=48 --out=prompts.npz
+    python scripts/gpu/pack_text.py --config=configs/tensorhead_smollm2.py:gpu \\
+        --prompts=mt_bench --rows=48 --out=prompts.npz
 
 Rows are those `headway-train` would read for the same config (docs/data.md), in the order of its seed; never the same
 row twice. Prompts are token ids of the config's tokenizer, padded with zeros, and their lengths.

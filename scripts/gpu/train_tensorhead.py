@@ -1,4 +1,4 @@
-"""CP heads by rank on frozen SmolLM2-135M: training speed, held-out loss, accepted drafts, speed-up. For one NVIDIA GPU.
+"""CP heads by rank on frozen SmolLM2-135M: training speed, held-out loss, accepted drafts, speed-up. One NVIDIA GPU.
 
     python scripts/gpu/train_tensorhead.py --base=FILE.gguf --rows=rows.npz --held_out=held_out.npz \\
         --prompts=prompts.npz --draft_ids=ids.npy --heads=r1,r2,r4 --steps=1500 --out=$OUT
@@ -25,7 +25,7 @@ import numpy as np
 from absl import app, flags
 from safetensors.numpy import save_file
 
-from backbone import layout
+from backbone import formats, layout
 from backbone.formats.tensors import flatten
 from backbone.mesh import make_mesh
 from backbone.model import PlainTarget
@@ -33,7 +33,7 @@ from backbone.sampling import GREEDY, Sampling
 from configs import tensorhead_smollm2
 from harness import decode, peak, provenance
 from harness.baselines import Autoregressive
-from harness.train_step import build_task, narrow, place_batch, plan
+from harness.train_step import narrow, place_batch, plan
 from tensorhead.drafter import TensorHeadDrafter
 
 BASE = flags.DEFINE_string('base', '', 'The frozen model: a file or folder (docs/checkpoints.md).')
@@ -48,12 +48,12 @@ BATCH = flags.DEFINE_integer('batch', 16, 'Prompts decoded at once where drafts 
 TIMED = flags.DEFINE_integer('timed', 8, 'Prompts decoded one by one where time is taken.')
 REPEATS = flags.DEFINE_integer('repeats', 5, 'How often each decodes them, in turns.')
 GIB = flags.DEFINE_float('logits_gib', 8.0, "One chunk's logits at most; a larger step is split into microbatches.")
+PIECE_BYTES = flags.DEFINE_integer('piece_bytes', 14_000_000, 'Of one file with parameters, about.')
 OUT = flags.DEFINE_string('out', 'out/gpu', 'Folder for the results.')
 TINY = flags.DEFINE_bool('tiny', False, 'A random model of 2 layers on bytes, for trying this script without a GPU.')
 
 HEADS = {'r1': (1, 4), 'r2': (2, 4), 'r4': (4, 4), 'r8': (8, 4), 'r16': (16, 4), 'r8n2': (8, 2), 'r8n8': (8, 8)}
 TINY_HEADS = {'r1': (1, 3), 'r2': (2, 3)}  # rank, horizon
-PIECE_BYTES = 14_000_000
 
 
 def configure(rank: int, horizon: int) -> object:
@@ -72,12 +72,12 @@ def configure(rank: int, horizon: int) -> object:
     return config
 
 
-def read_rows(path: str, config, vocab_size: int) -> dict[str, np.ndarray]:
+def read_rows(path: str, task, config) -> dict[str, np.ndarray]:
     if path:
         with np.load(path) as found:
             return {k: found[k] for k in found.files}
     count, size = 2 * config.data.batch_size, config.data.seq_len
-    tokens = np.random.default_rng(0).integers(0, vocab_size, (count, size + 1))
+    tokens = np.random.default_rng(0).integers(0, task.cfg.vocab_size, (count, size + 1))
     return {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:], 'segments': np.ones((count, size), np.int32),
             'positions': np.arange(size)[None].repeat(count, 0), 'weights': np.ones((count, size), np.float32)}
 
@@ -111,11 +111,9 @@ class Rows:
         return {k: v[index] for k, v in self.rows.items()}
 
 
-def train(config, rows: Rows, held_out: Rows, published: float) -> tuple[dict, dict]:
+def train(config, step, state, rows: Rows, held_out: Rows, published: float) -> tuple[dict, dict]:
     """(the head's parameters, what its training came to)."""
-    step = plan(config, make_mesh())
     begin = time.perf_counter()
-    state = step.init()
     state, metrics = step.step(state, place_batch(rows.batch(0), step.batch, 0))
     curve, seconds, compile_s = [(1, float(metrics['loss']))], [], time.perf_counter() - begin
     for done in range(1, config.num_steps, 10):
@@ -128,8 +126,8 @@ def train(config, rows: Rows, held_out: Rows, published: float) -> tuple[dict, d
     tokens, middle = config.data.batch_size * config.data.seq_len, statistics.median(seconds)
     params = step.tree(state)
     return params['tensorhead'], {
-        'parameters': sum(a.size for path, a in state.params.items()), 'steps': config.num_steps,
-        'accumulate': config.optimizer.accumulate, 'compile_s': compile_s, 'train_s': sum(seconds) * 10,
+        'parameters': sum(a.size for a in state.params.values()), 'steps': config.num_steps,
+        'accumulate': config.optimizer.accumulate, 'first_step_s': compile_s, 'train_s': time.perf_counter() - begin,
         'step_ms': [1e3 * s for s in seconds], 'tokens_per_s': tokens / middle,
         'mfu_published': step.task.train_flops(config.data.batch_size, config.data.seq_len) / middle / published,
         'curve': curve, 'held_out': evaluate(step, params, held_out)}
@@ -148,13 +146,14 @@ def evaluate(step, params, rows: Rows) -> dict[str, float]:
 
 def save(name: str, head: dict, out: pathlib.Path) -> list[str]:
     """The head in pieces: {'factors/down:0': rows from 0 on, ...}; returns the files' names."""
-    pieces, room = [{}], PIECE_BYTES
+    pieces, limit = [{}], PIECE_BYTES.value
+    room = limit
     for path, leaf in flatten(jax.tree.map(np.asarray, head)).items():
-        each = max(1, PIECE_BYTES * len(leaf) // leaf.nbytes)
+        each = max(1, limit * len(leaf) // leaf.nbytes)
         for first in range(0, len(leaf), each):
             part = np.ascontiguousarray(leaf[first:first + each])
             if part.nbytes > room and pieces[-1]:
-                pieces, room = [*pieces, {}], PIECE_BYTES
+                pieces, room = [*pieces, {}], limit
             pieces[-1][f'{path}:{first}'], room = part, room - part.nbytes
     files = [f'{name}.{i}.safetensors' for i in range(len(pieces))]
     for file, piece in zip(files, pieces, strict=True):
@@ -166,7 +165,7 @@ def save(name: str, head: dict, out: pathlib.Path) -> list[str]:
 
 
 class Method:
-    """A drafter with its parameters, and what it has decoded so far."""
+    """A drafter with its parameters, and how fast it was."""
 
     def __init__(self, target, drafter, params, prompts, stops):
         self.prompts, self.times, self.texts = prompts, [], None
@@ -192,22 +191,37 @@ class Method:
         self.times.append((made / spent, 1e3 * spent / rounds))
 
 
-def in_turns(plain: Method, heads: dict[str, Method]) -> dict[str, dict]:
-    """Speeds of all on the prompts of the commonest padded length, after a turn that compiles."""
-    lengths = [decode.bucket(len(prompt)) for prompt in plain.prompts]
-    common = max(set(lengths), key=lengths.count)
-    timed = [p for p, n in zip(plain.prompts, lengths, strict=True) if n == common][:TIMED.value]
-    everyone = [plain, *heads.values()]
-    for turn in range(-1, REPEATS.value):
-        for method in everyone[turn % len(everyone):] + everyone[:turn % len(everyone)]:
-            method.turn(timed)
-            if turn < 0:
-                method.times.clear()
-    figures = lambda method: {
-        'tokens_per_s': [t for t, _ in method.times], 'round_ms': [ms for _, ms in method.times],
-        'speedup': statistics.median(t / p for (t, _), (p, _) in zip(method.times, plain.times, strict=True)),
-        'same_text': sum(a == b for a, b in zip(method.texts, plain.texts, strict=True)) / len(timed)}
-    return {name: figures(method) for name, method in {'plain': plain, **heads}.items()}
+class Bench:
+    """Plain decoding of one base, and heads beside it."""
+
+    def __init__(self, cfg, base, prompts, stops):
+        self.dtype = 'float32' if TINY.value else 'bfloat16'
+        self.base, self.prompts, self.stops = layout.pack(base, self.dtype), prompts, stops
+        self.target = PlainTarget(cfg, self.dtype, stacked=False)
+        self.plain = Method(self.target, Autoregressive(), {'base': self.base}, prompts, stops)
+
+    def method(self, drafter, head) -> Method:
+        params = {'base': self.base, 'tensorhead': drafter.ready(head, self.base, jnp.dtype(self.dtype))}
+        return Method(self.target, drafter, params, self.prompts, self.stops)
+
+    def in_turns(self, heads: dict[str, Method]) -> dict[str, dict]:
+        """Speeds of all on the prompts of the commonest padded length, after a turn that compiles."""
+        lengths = [decode.bucket(len(prompt)) for prompt in self.prompts]
+        common = max(set(lengths), key=lengths.count)
+        timed = [p for p, n in zip(self.prompts, lengths, strict=True) if n == common][:TIMED.value]
+        everyone = [self.plain, *heads.values()]
+        for turn in range(-1, REPEATS.value):
+            for method in everyone[turn % len(everyone):] + everyone[:turn % len(everyone)]:
+                method.turn(timed)
+                if turn < 0:
+                    method.times.clear()
+        return {name: self.figures(method) for name, method in {'plain': self.plain, **heads}.items()}
+
+    def figures(self, method: Method) -> dict:
+        ratios = [t / p for (t, _), (p, _) in zip(method.times, self.plain.times, strict=True)]
+        same = [a == b for a, b in zip(method.texts, self.plain.texts, strict=True)]
+        return {'tokens_per_s': [t for t, _ in method.times], 'round_ms': [ms for _, ms in method.times],
+                'speedup': statistics.median(ratios), 'speedups': ratios, 'same_text': sum(same) / len(same)}
 
 
 def main(argv: list[str]) -> None:
@@ -215,45 +229,44 @@ def main(argv: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     every = TINY_HEADS if TINY.value else HEADS
     chosen = {name: every[name] for name in WHICH.value or every}
-    config = configure(*next(iter(chosen.values())))
-    task = build_task(config)
-    loaded = task.load()
-    base = jax.tree.map(jnp.asarray, loaded.get('base') or task.init(jax.random.key(config.seed))['base'])
-    published, source = peak.peak_flops(config.compute_dtype)
-    begin = time.perf_counter()
-    rows = Rows(read_rows(ROWS.value, config, task.cfg.vocab_size), task, base, config)
-    held_out = Rows(read_rows(HELD_OUT.value, config, task.cfg.vocab_size), task, base, config) if HELD_OUT.value else rows
-    report = {**provenance.collect(config), 'peak_flops': {'value': published, 'source': source},
-              'text': ROWS.value or 'random tokens: the losses say nothing', 'rows': len(rows),
-              'features_s': time.perf_counter() - begin, 'heads': {}}
-
-    dtype = 'float32' if TINY.value else 'bfloat16'
-    packed = layout.pack(base, dtype)
-    target, prompts = PlainTarget(task.cfg, dtype, stacked=False), read_prompts(rows.rows)
-    stops = () if TINY.value else stop_tokens(config)
-    plain = Method(target, Autoregressive(), {'base': packed}, prompts, stops)
-    methods = {}
-    write = lambda: (out / 'train_tensorhead.json').write_text(json.dumps(report, indent=2))
+    report, methods, rows = {}, {}, None
     for name, shape in chosen.items():
         config = configure(*shape)
         with jax.set_mesh(make_mesh()):
-            head, found = train(config, rows, held_out, published)
+            step = plan(config, make_mesh())
+            state = step.init()
+            if rows is None:  # the base is the same for all: what it makes of the rows, and plain decoding
+                base = jax.tree.map(jnp.copy, step.tree(state)['base'])  # a step gives its state away
+                published, source = peak.peak_flops(config.compute_dtype)
+                begin = time.perf_counter()
+                rows = Rows(read_rows(ROWS.value, step.task, config), step.task, base, config)
+                held_out = rows
+                if HELD_OUT.value:
+                    held_out = Rows(read_rows(HELD_OUT.value, step.task, config), step.task, base, config)
+                report = {**provenance.collect(config), 'peak_flops': {'value': published, 'source': source},
+                          'text': ROWS.value or 'random tokens: the losses say nothing', 'rows': len(rows),
+                          'held_out': HELD_OUT.value or 'the same rows',
+                          'features_s': time.perf_counter() - begin, 'heads': {}}
+                bench = Bench(step.task.cfg, base, read_prompts(rows.rows), stop_tokens(config))
+            head, found = train(config, step, state, rows, held_out, published)
         found['files'] = save(name, head, out)
-        drafter = TensorHeadDrafter(build_task(config).head)
-        params = {'base': packed, 'tensorhead': drafter.ready(head, packed, jnp.dtype(dtype))}
-        methods[name] = Method(target, drafter, params, prompts, stops)
+        methods[name] = bench.method(TensorHeadDrafter(step.task.head), head)
         found |= {'greedy': methods[name].accepted(GREEDY), 'sampled': methods[name].accepted(Sampling(1.0))}
         report['heads'][name] = {'rank': shape[0], 'horizon': shape[1], **found}
-        write()
+        write_json(report, out)
         print(name, json.dumps({k: v for k, v in found.items() if k not in ('step_ms', 'curve')}), flush=True)
-    report['decoding'] = {'dtype': dtype, 'batch': 1, 'temperature': 0, **in_turns(plain, methods)}
-    write()
+    report['decoding'] = {'dtype': bench.dtype, 'batch': 1, 'temperature': 0, **bench.in_turns(methods)}
+    write_json(report, out)
     print(json.dumps(report['decoding']))
 
 
-def stop_tokens(config) -> tuple[int, ...]:
-    from backbone import formats
+def write_json(report: dict, out: pathlib.Path) -> None:
+    (out / 'train_tensorhead.json').write_text(json.dumps(report, indent=2))
 
+
+def stop_tokens(config) -> tuple[int, ...]:
+    if TINY.value:
+        return ()
     tokenizer = formats.load(config.task.kwargs.base).tokenizer
     return () if tokenizer is None else tuple(tokenizer.eos_ids)
 

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -6,6 +7,8 @@ from backbone.layout import pack
 from backbone.model import PlainTarget
 from harness.baselines import Autoregressive, EarlyExit, Lookahead, PromptLookup, TwoModel
 from harness.decode import generate
+from tensorhead.config import TensorHeadConfig
+from tensorhead.drafter import TensorHeadDrafter
 
 NEW = 24
 
@@ -13,6 +16,11 @@ NEW = 24
 @pytest.fixture(scope='session')
 def target(cfg):
     return PlainTarget(cfg)
+
+
+@pytest.fixture(scope='session')
+def params(params, drafters):
+    return params | {'tensorhead': drafters['tensorhead'].init_params(jax.random.key(2))}
 
 
 @pytest.fixture(scope='session')
@@ -24,7 +32,8 @@ def packed(cfg, params):
 @pytest.fixture(scope='session')
 def drafters(cfg, small_cfg):
     return {'prompt_lookup': PromptLookup(4), 'lookahead': Lookahead(5, 3), 'early_exit': EarlyExit(cfg, 2, 3),
-            'two_model': TwoModel(small_cfg, 3)}
+            'two_model': TwoModel(small_cfg, 3),
+            'tensorhead': TensorHeadDrafter(TensorHeadConfig(cfg.hidden_size, cfg.vocab_size, 4, 3, inner_rank=8))}
 
 
 @pytest.fixture(scope='session')

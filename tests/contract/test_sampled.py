@@ -20,9 +20,12 @@ from harness import decode as loop
 from harness import verify as verifier
 from harness.baselines import Autoregressive, EarlyExit, Lookahead, PromptLookup, TwoModel
 from harness.decode import generate
+from tensorhead.config import TensorHeadConfig
+from tensorhead.drafter import TensorHeadDrafter
 from tests.conftest import lively, tiny_config
 
 VOCAB, STEPS, ROWS = 5, 4, 20_000
+HEAD = TensorHeadConfig(16, VOCAB, horizon=4, rank=2, mode='full', draft_vocab=4, init_std=0.5)
 PROMPT = [1, 3, 1]
 SETTINGS = {'plain': Sampling(1.0), 'warped': Sampling(0.7, top_k=4, top_p=0.9)}
 
@@ -31,7 +34,9 @@ SETTINGS = {'plain': Sampling(1.0), 'warped': Sampling(0.7, top_k=4, top_p=0.9)}
 def model():
     cfg = tiny_config(vocab=VOCAB, hidden=16, layers=2, heads=2, kv_heads=1, max_seq_len=16)
     small = tiny_config(vocab=VOCAB, hidden=8, layers=1, heads=1, kv_heads=1, max_seq_len=16)
-    return cfg, small, {'base': jax.tree.map(lambda a: 2 * a, lively(cfg, 5)), 'draft': lively(small, 6)}
+    head = TensorHeadDrafter(HEAD).init_params(jax.random.key(7))
+    return cfg, small, {'base': jax.tree.map(lambda a: 2 * a, lively(cfg, 5)), 'draft': lively(small, 6),
+                        'tensorhead': head}
 
 
 def exact_law(cfg, params, sampling) -> np.ndarray:
@@ -44,7 +49,7 @@ def exact_law(cfg, params, sampling) -> np.ndarray:
 
 def drafters(cfg, small):
     return {'none': Autoregressive(), 'prompt_lookup': PromptLookup(3), 'lookahead': Lookahead(3, 2),
-            'early_exit': EarlyExit(cfg, 1, 2), 'two_model': TwoModel(small, 3)}
+            'early_exit': EarlyExit(cfg, 1, 2), 'two_model': TwoModel(small, 3), 'tensorhead': TensorHeadDrafter(HEAD)}
 
 
 def chi_square(counts: np.ndarray, probs: np.ndarray) -> tuple[float, int]:
@@ -73,8 +78,10 @@ def follows(model, drafter, sampling, seed=0) -> bool:
     return statistic < freedom + 5 * np.sqrt(2 * freedom)  # five standard deviations
 
 
-@pytest.mark.parametrize('setting', SETTINGS)
-@pytest.mark.parametrize('name', ('none', 'prompt_lookup', 'lookahead', 'early_exit', 'two_model'))
+# A head's law is enumerated exactly in tests/tensorhead/test_lossless.py: one setting is enough here.
+@pytest.mark.parametrize('name, setting', [
+    *itertools.product(('none', 'prompt_lookup', 'lookahead', 'early_exit', 'two_model'), SETTINGS),
+    ('tensorhead', 'warped'), pytest.param('tensorhead', 'plain', marks=pytest.mark.slow)])
 def test_output_law_is_the_targets(model, name, setting):
     assert follows(model, drafters(*model[:2])[name], SETTINGS[setting])
 
@@ -168,7 +175,7 @@ def test_equal_laws_reject_nothing():
     assert ((accepted.next_token >= 0) & (accepted.next_token < 3)).all()
 
 
-@pytest.mark.parametrize('name', ('none', 'two_model'))
+@pytest.mark.parametrize('name', ('none', 'two_model', pytest.param('tensorhead', marks=pytest.mark.slow)))
 def test_with_a_key_a_row_each_row_is_on_its_own(model, name):
     """The same key gives the same tokens, whatever rows stand beside it and in whatever place."""
     cfg, small, params = model

@@ -10,11 +10,11 @@ from backbone.model import PlainTarget, forward
 from backbone.sampling import GREEDY, Sampling
 from harness import decode as loop
 from tests.conftest import lively, tiny_config
-from tests.contract.test_greedy import NAMES
+from tests.contract.test_greedy import CACHED
 
 
 @pytest.mark.parametrize('sampling', (GREEDY, Sampling(1.0)), ids=('greedy', 'sampled'))
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', CACHED)
 def test_cache_equals_a_fresh_prefill_after_every_round(target, params, prompts, drafters, name, sampling):
     drafter = drafters[name]
     request = loop.prepare(target, prompts, max_new_tokens=10, sampling=sampling)

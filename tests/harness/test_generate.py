@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 
 from backbone.errors import ConfigError, RequestError
-from harness import drafters, generation
+from harness import drafters, generation, prompts
 from harness.launch import generate as cli
 from tests.conftest import tiny_config
 
@@ -70,12 +70,29 @@ def test_batch_file(tmp_path, monkeypatch):
     source = tmp_path / 'prompts.txt'
     source.write_text('one\ntwo three\n')
     assert generation.read_prompts(None, str(source)) == ['one', 'two three']
+    source.write_text(''.join(f'{i}\n' for i in range(10)))
+    assert generation.read_prompts(None, str(source), 4) == ['0', '2', '5', '7'], 'spread evenly'
+    assert len(generation.read_prompts(None, str(source), 11)) == 10
+    with pytest.raises(RequestError, match='limit'):
+        generation.read_prompts(None, str(source), -1)
     for content, named in ((b'', 'no prompt'), (b'a\n\nb\n', 'line 2'), (b'\xff\xfe', 'UTF-8')):
         source.write_bytes(content)
         with pytest.raises(RequestError, match=named):
             generation.read_prompts(None, str(source))
     with pytest.raises(RequestError, match='cannot read'):
         generation.read_prompts(None, str(tmp_path / 'absent'))
+
+
+def test_first_messages_of_conversations(tmp_path):
+    """Short openings by people, of a JSON list that was cut in the middle of a row."""
+    def row(name, *turns):
+        return json.dumps({'id': name, 'conversations': [{'from': who, 'value': text} for who, text in turns]})
+    long = 'x' * (prompts.SHAREGPT_CHARACTERS + 1)
+    rows = [row('a_0', ('human', ' Hello there. '), ('gpt', 'Hi.')), row('a_1', ('human', 'go on')), row('b_0'),
+            row('c_0', ('gpt', 'I begin')), row('d_0', ('human', long)), row('e_0', ('human', 'Why?\nReally?'))]
+    path = tmp_path / 'cut.json'
+    path.write_text('[\n  ' + ',\n  '.join(rows) + ', {"id": "f_0", "conversations": [{"from": "human", "val')
+    assert list(prompts._first_messages(path)) == ['Hello there.', 'Why?\nReally?']
 
 
 def test_batch_output_is_whole_or_absent(tmp_path):

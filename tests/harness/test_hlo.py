@@ -214,3 +214,32 @@ def test_fsdp_collectives_by_hand():
     collectives = found(4)
     assert collectives['all-gather'] == wide * wide * 4
     assert collectives.get('all-reduce', 0) + collectives.get('reduce-scatter', 0) == wide * wide * 4
+
+
+NESTED = """
+%only_a_name (n0: bf16[1024,4096]) -> bf16[1024,4096,1] {
+  %n0 = bf16[1024,4096]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %other_shape = bf16[1024,4096,1]{1,0,2:T(8,128)(2,1)} bitcast(%n0)
+}
+
+%product (p.0: bf16[4,4096], p.1: bf16[1024,4096]) -> f32[4,1024] {
+  %p.0 = bf16[4,4096]{1,0:T(4,128)(2,1)} parameter(0)
+  %p.1 = bf16[1024,4096]{1,0:T(8,128)(2,1)} parameter(1)
+  %named = bf16[1024,4096,1]{1,0,2:T(8,128)(2,1)} fusion(%p.1), kind=kLoop, calls=%only_a_name
+  ROOT %use = USE
+}
+
+ENTRY %main (x: bf16[4,4096], w: bf16[1024,4096]) -> f32[4,1024] {
+  %x = bf16[4,4096]{1,0:T(4,128)(2,1)} parameter(0)
+  %w = bf16[1024,4096]{1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %out = f32[4,1024]{1,0:T(4,128)} fusion(%x, %w), kind=kOutput, calls=%product
+}
+"""
+
+
+@pytest.mark.parametrize(('use', 'of_the_weights'), [
+    ('f32[4,1024]{1,0:T(4,128)} convolution(%p.0, %named), window={size=1}, dim_labels=0bf_oi0->0bf', 1024),
+    ('f32[4,1024]{1,0:T(4,128)} custom-call(%p.0), custom_call_target="Other"', 0)])
+def test_an_operand_renamed_by_an_inner_fusion_is_read(use, of_the_weights):
+    moved = hlo_costs.work(hlo.parse(NESTED.replace('USE', use))).bytes
+    assert moved == 2 * 4 * 4096 + 4 * 4 * 1024 + of_the_weights * 2 * 4096

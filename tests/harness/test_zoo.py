@@ -30,6 +30,22 @@ def test_round_trip(tmp_path, params):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['x']
 
 
+def test_int8_is_a_quarter_of_the_size_and_near(tmp_path):
+    rng = np.random.default_rng(1)
+    params = {'a': {'up': rng.normal(size=(3, 64, 40)).astype(np.float32) * 10.0 ** np.arange(-3, 3)[rng.integers(6, size=40)],
+                    'bias': rng.normal(size=40).astype(np.float32)}, 'zero': {'up': np.zeros((4, 4), np.float32)}}
+    zoo.save('wide', params, CARD, tmp_path)
+    zoo.save('int8', params, CARD, tmp_path, int8=('.*/up',))
+    found, card = zoo.load('int8', 'a' * 64, tmp_path)
+    step = np.abs(params['a']['up']).max(1, keepdims=True) / 127
+    off = np.abs(found['a']['up'] - params['a']['up'])
+    assert found['a']['up'].dtype == np.float32 and 0 < off.max() and (off <= step * 0.51).all()
+    assert np.array_equal(found['a']['bias'], params['a']['bias']) and not found['zero']['up'].any()
+    assert card['params_hash'] != json.loads((tmp_path / 'wide' / zoo.CARD).read_text())['params_hash']
+    sizes = [(tmp_path / name / zoo.WEIGHTS).stat().st_size for name in ('int8', 'wide')]
+    assert sizes[0] < 0.35 * sizes[1]
+
+
 def test_another_base_names_both(tmp_path, params):
     zoo.save('x', params, CARD, tmp_path)
     with pytest.raises(FormatError, match=f'x: trained on smollm2-135m with parameters {"a" * 64}, .* {"b" * 64}'):

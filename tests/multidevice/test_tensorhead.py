@@ -24,10 +24,13 @@ def normal(seed, *shape):
 
 
 def setting(mode, tied, draft):
-    cfg = TensorHeadConfig(D, V, N, R, mode, inner_rank=4, init_std=0.3, draft_vocab=draft)
-    ids = np.arange(draft) * 2 if draft else None
+    cfg = TensorHeadConfig(D, V, N, R, mode, inner_rank=4, draft_vocab=draft)
+    ids = 2 * np.arange(draft, dtype=np.int32) if draft else None
     base = {'embed': {'tokens': normal(0, V, D)}} | ({} if tied else {'lm_head': {'kernel': normal(1, D, V)}})
-    params = {'base': base, 'tensorhead': jax.jit(lambda key: heads.init(cfg, key, ids))(jax.random.key(1))}
+    like = jax.eval_shape(lambda: heads.init(cfg, jax.random.key(0), ids))
+    head = {part: jax.tree.map(lambda a: 0.3 * normal(len(a.shape), *a.shape), like[part])
+            for part in ('gate', 'factors')}
+    params = {'base': base, 'tensorhead': head | ({'draft_ids': jnp.asarray(ids)} if draft else {})}
     rng = np.random.default_rng(2)
     batch = {'hidden': normal(3, B, S, D), 'targets': rng.integers(0, V, (B, S)),
              'segments': np.sort(rng.integers(1, 3, (B, S))), 'weights': np.ones((B, S), np.float32)}

@@ -56,9 +56,11 @@ def propose(static, params, cache, state, forced):
     """
     (drafter, sampling), chance = static, []
 
-    def draw(probs, s):
-        chance.append(jnp.take_along_axis(probs, forced[:, s, None], axis=-1)[:, 0] / probs.sum(-1))
-        return forced[:, s]
+    def draw(probs, s):  # of one position [rows, W], or of all [rows, K, W]
+        tokens = forced if probs.ndim == 3 else forced[:, s]
+        one = jnp.take_along_axis(probs, tokens[..., None], axis=-1)[..., 0] / probs.sum(-1)
+        chance.extend(jnp.moveaxis(one.reshape(len(forced), -1), 1, 0))
+        return tokens
 
     with mock.patch.object(drafting, 'draw', draw), mock.patch.object(drafting, 'fold_in', lambda rng, s: s):
         draft, _, _ = drafter.draft(params, cache, state, None, sampling)

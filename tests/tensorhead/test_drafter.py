@@ -29,13 +29,14 @@ from tests.contract.test_sampled import model as five_words  # noqa: F401, a fix
 V, D, NEW = 23, 16, 20
 IDS = [0, 2, 3, 5, 7, 8, 11, 12, 13, 16, 17, 21]
 PROMPTS = [[1, 2, 3, 1], [7], [5, 6, 7, 8, 9, 10], [9, 9, 20]]
-SAMPLED = Sampling(0.8, top_k=9, top_p=0.95)
+SAMPLED = Sampling(0.8)
 
 
 @pytest.fixture(scope='module')
 def model():
     cfg = tiny_config(vocab=V, hidden=D, layers=1, heads=2, kv_heads=1, max_seq_len=48)
-    return cfg, lively(cfg, 3)
+    base = lively(cfg, 3)
+    return cfg, base | {'lm_head': {'kernel': 10 * base['lm_head']['kernel']}}  # words that differ
 
 
 @pytest.fixture(scope='module')
@@ -46,7 +47,8 @@ def packed(model):
 def make(base, components=0, ids=None, seed=1, **fields):
     fields = dict(horizon=4, rank=3, inner_rank=5, init_std=0.5) | fields
     drafter = TensorHeadDrafter(TensorHeadConfig(D, V, draft_vocab=len(ids or ()), **fields), components)
-    head = jax.jit(drafter.init_params)(jax.random.key(seed))
+    rng, shapes = np.random.default_rng(seed), jax.eval_shape(drafter.init_params, jax.random.key(0))
+    head = jax.tree.map(lambda a: drafter.cfg.init_std * rng.normal(size=a.shape).astype(np.float32), shapes)
     return drafter, {'base': base, 'tensorhead': head | ({'draft_ids': jnp.array(ids, jnp.int32)} if ids else {})}
 
 
@@ -95,18 +97,21 @@ def test_drafts_and_their_law(model, packed, case):
 
     greedy, sampled, rows = jax.tree.map(np.asarray, run(params, e, pending, keys))
     assert greedy.law is None and greedy.tokens.shape == (3, 3) and rows.shape == (3, 3, V)
-    laws = []
+    laws, others = [], []
     for b, (log_w, z) in enumerate(zip(*dense(drafter.cfg, params, e), strict=True)):
-        want = lambda tokens, at=pending[b, 0]: written_out(drafter, ids, log_w, z, at, tokens.tolist())  # noqa: B023
+        want = lambda tokens, at=pending[b, 0]: written_out(drafter, ids, log_w, z, at, tokens.tolist())
         assert greedy.tokens[b].tolist() == ids[want(greedy.tokens[b]).argmax(-1)].tolist()
         laws.append(want(sampled.tokens[b]))
         np.testing.assert_array_equal(sampled.law.gold[b], rows[b][np.arange(3), sampled.tokens[b]])
-        if drafter.cfg.rank > 1:  # negative control: another pending token, another law
-            assert np.abs(want(sampled.tokens[b], 0) - laws[-1]).max() > 1e-2
+        others.append([want(sampled.tokens[b], at) for at in range(V)])
     np.testing.assert_allclose(rows[..., ids], law(jnp.array(laws), SAMPLED), atol=2e-5)
     np.testing.assert_array_equal(np.delete(rows, ids, axis=-1), 0)
+    # Negative control: with another pending token it is another law, unless there is but one component.
+    assert (np.abs(np.array(others) - np.array(laws)[:, None]).max() > 0.1) == (drafter.cfg.rank > 1)
 
-    # Ready to decode, beside the base in its other layout, alone in the batch: the same drafts.
+    if not drafter.components:
+        return
+    # Ready to decode, beside the base in its other layout, alone in the batch (another path): the same drafts.
     ready = {'base': packed, 'tensorhead': jax.jit(drafter.ready)(params['tensorhead'], packed)}
     *alone, row = run(ready, e[:1], pending[:1], keys[:1])
     assert [d.tokens[0].tolist() for d in alone] == [d.tokens[0].tolist() for d in (greedy, sampled)]
@@ -114,12 +119,11 @@ def test_drafts_and_their_law(model, packed, case):
 
 
 LOOPS = {
-    'rank one, one draft': dict(mode='full', rank=1, horizon=2),
     'one component, some words': dict(mode='lowrank_shared', components=1, ids=IDS),
+    'rank one, one draft': dict(mode='full', rank=1, horizon=2),
     'six drafts of noise': dict(mode='linear_shared', horizon=7, init_std=30.0),
     'eight components': dict(mode='medusa_shared', rank=8, horizon=3),
 }
-SLOW = ('six drafts of noise', 'eight components')  # the contract tests have one of four drafts and three components
 
 
 @pytest.fixture(scope='module')
@@ -127,7 +131,8 @@ def plain(model):
     return generate(PlainTarget(model[0]), Autoregressive(), {'base': model[1]}, PROMPTS, max_new_tokens=NEW).tokens
 
 
-@pytest.mark.parametrize('case', [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LOOPS])
+@pytest.mark.parametrize('case', [*list(LOOPS)[:1],
+                                  *(pytest.param(c, marks=pytest.mark.slow) for c in list(LOOPS)[1:])])
 def test_greedy_text_is_the_bases(model, plain, case):
     """To a stop token too, wherever in a block it falls; every pass of the trunk emits what it kept and one more."""
     drafter, params = make(model[1], **LOOPS[case])

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tensorhead import lse
+from tensorhead import head as heads
+from tensorhead import losses, lse
+from tensorhead.config import TensorHeadConfig
 from tensorhead.lse import linear_lse
 
 ROWS, W, D, CHUNK = (3, 7, 4), 517, 16, 128  # 84 rows; neither the words nor the rows fill their last block
@@ -121,3 +123,25 @@ def test_a_frozen_unembedding_is_passed_once():
     assert products(lambda h, U: jax.vjp(forms[True], h, U)[0], h, U) == (2, 1)
     assert products(saved[True][1], g) == (0, 0)
     assert products(saved[False][1], g) == (3, 1)  # the control: logits again, then both gradients
+
+
+def test_the_whole_loss_at_a_published_vocabulary_makes_no_logits():
+    """Traced, not run: 4 x 8 positions, n = r = 4, 50257 words, of which 1024 at a time."""
+    cfg = TensorHeadConfig(64, 50257, 4, 4, 'lowrank_shared', 8)
+    of = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
+    head = jax.eval_shape(lambda: heads.init(cfg, jax.random.key(0)))
+    args = head, of(50257, 64), of(4, 8, 64), of(4, 8, 4, dtype=jnp.int32)
+    rows = 4 * 8 * 4 * 4
+
+    def loss(head, U, e, index, chunk, frozen):
+        mixture = heads.factors(cfg, head, e)
+        logp = losses.gold_logp(cfg, head, mixture, U, index, jnp.ones(index.shape, bool), chunk, frozen)
+        return losses.discounted_nll(mixture.log_w, logp, jnp.ones(index.shape[:2]), jnp.ones(4))
+
+    def gradient(chunk, frozen):
+        return lambda head, *rest: jax.grad(lambda head: loss(head, *rest, chunk, frozen))(head)
+
+    assert largest(gradient(1024, True), *args) <= max(rows * 1024, 50257 * 64) < rows * 50257
+    assert largest(gradient(0, True), *args) == rows * 50257
+    assert products(gradient(1024, True), *args)[1] == 1  # one pass over the vocabulary in all
+    assert products(gradient(1024, False), *args)[1] == 2

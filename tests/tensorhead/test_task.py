@@ -8,22 +8,23 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from absl import flags
 
 from backbone import formats, tokenizer
 from backbone.config import ModelConfig
-from backbone.errors import ConfigError, FormatError
+from backbone.errors import ConfigError, FormatError, RequestError
 from backbone.formats.tensors import Loaded, flatten, params_hash
 from backbone.layout import pack
 from backbone.model import PlainTarget
 from configs import tensorhead_smollm2, training
-from harness import artefacts, decode, models, train, train_step, zoo
+from harness import artefacts, data, decode, models, train, train_step, zoo
 from harness.baselines import Autoregressive
 from harness.launch import artefact as artefact_cli
 from tensorhead import task as tasks
 from tensorhead.config import TensorHeadConfig
 from tests.conftest import lively
 
-SHAPE = training.llama(vocab=257, hidden=32, layers=2, heads=2, kv_heads=1, intermediate=48, max_seq_len=64)
+SHAPE = training.llama(vocab=257, hidden=32, layers=1, heads=2, kv_heads=1, intermediate=48, max_seq_len=64)
 HEAD = {'horizon': 3, 'rank': 2, 'inner_rank': 4, 'draft_vocab': 64}
 
 
@@ -81,7 +82,6 @@ def test_kept_hidden_states_are_those_of_the_base(config, workdir):
         state = plan.init()
         assert plan.batch['hidden'].shape == (8, 48, 32) and plan.batch['hidden'].dtype == jnp.bfloat16
         tok = tokenizer.of_bytes()
-        from harness import data
         rows = data.open_rows(config.data, 'train', tok)
         leaves = {path: a for path, a in state.frozen.items() if path.startswith('base/')}
         digest = params_hash(jax.tree.map(np.asarray, leaves))
@@ -133,12 +133,11 @@ def test_what_was_trained_drafts_losslessly_from_the_directory_and_from_the_zoo(
     assert 0 < off <= np.abs(raw['factors/up']).max() / 127, 'int8 with a scale a column'
 
 
-def test_the_card_command_refuses_a_file_that_is_not_one(workdir, tmp_path, capsys, monkeypatch):
-    from absl import flags
+def test_the_card_command_refuses_a_file_that_is_not_one(workdir, tmp_path):
     bad = tmp_path / 'x.json'
     bad.write_text('[]')
     flags.FLAGS(['artefact', f'--workdir={workdir}', '--name=x', f'--measured={bad}'])
-    with pytest.raises(Exception, match='cannot be read'):
+    with pytest.raises(RequestError, match='cannot be read'):
         artefact_cli.main(['artefact'])
     assert not (zoo.ROOT / 'x').exists()
 
@@ -165,17 +164,13 @@ def batch():
 
 
 def test_positions_are_drawn_from_those_that_count(batch):
-    task = small(positions=5)
-    params = task.init(jax.random.key(0))
-    hidden = task.features(params['base'], batch)['hidden']
-    future, valid, weight = tasks.losses.windows(batch['targets'], batch['segments'], batch['weights'], 3)
-    seen = set()
-    for seed in range(20):
-        e, _, _, chosen, at = task.choose(hidden, future, valid, weight, jax.random.key(seed))
-        assert (np.asarray(chosen) > 0).all() and all(len(set(row)) == 5 for row in np.asarray(at).tolist())
-        assert np.array_equal(e[2, 0], hidden[2, at[2, 0]])
-        seen |= set(np.asarray(at[2]).tolist())
-    assert seen == set(range(6, 24)), 'each position that counts, and no other'
+    hidden = np.random.default_rng(0).normal(size=(4, 24, 32)).astype(np.float32)
+    window = tasks.losses.windows(batch['targets'], batch['segments'], batch['weights'], 3)
+    keys = jax.random.split(jax.random.key(0), 20)
+    e, _, _, weight, at = jax.vmap(lambda key: small(positions=5).choose(hidden, *window, key))(keys)
+    assert (weight > 0).all() and all(len(set(row)) == 5 for row in np.asarray(at).reshape(-1, 5).tolist())
+    assert np.array_equal(e[:, 2, 0], hidden[2, at[:, 2, 0]])
+    assert set(np.asarray(at[:, 2]).ravel().tolist()) == set(range(6, 24)), 'each position that counts, and no other'
 
 
 def test_an_unknown_word_ends_the_window_except_at_the_pending_token():
@@ -186,25 +181,35 @@ def test_an_unknown_word_ends_the_window_except_at_the_pending_token():
     assert np.array_equal(np.where(valid, index, -1), [[0, 1, 2], [-1, 1, 2], [0, -1, -1], [0, 1, -1]])
 
 
-def test_every_form_of_the_loss_trains_every_mode(batch):
-    """Finite loss and gradients that reach gate and factors, for each mode and each kind of loss."""
-    forms = [('full', {'loss': 'joint', 'balance': 'switch'}), ('linear_shared', {'loss': 'distill', 'beta': 0.5}),
-             ('medusa_shared', {'loss': 'distill', 'bernoulli': True, 'balance': 'cv2'}),
-             ('lowrank_shared', {'first': 0.0, 'chunk': 100, 'balance': 'neg_entropy'})]
-    for mode, options in forms:
-        task = small(head={'horizon': 3, 'rank': 2, 'inner_rank': 4, 'mode': mode}, **options)
-        params = task.init(jax.random.key(0))
-        (loss, metrics), grads = jax.jit(jax.value_and_grad(task.loss, has_aux=True))(params, batch, jax.random.key(0))
-        assert np.isfinite(loss) and 0 < float(metrics['joint_nll']) < 40, mode
-        assert metrics['nll'] == metrics['nll_1'] and float(metrics['weight']) == batch['weights'].sum()
-        for path, leaf in flatten(grads['tensorhead']).items():
-            assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, (mode, path)
-        assert np.abs(grads['base']['embed']['tokens']).max() > 0, 'from scratch the trunk learns too'
+def filled(task: tasks.HeadTask) -> dict:
+    """Random parameters of the task's shapes, at no compilation."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda a: rng.normal(0, 0.2, a.shape).astype(np.float32),
+                        jax.eval_shape(task.init, jax.random.key(0)))
+
+
+@pytest.mark.parametrize(('mode', 'options'), (
+    ('full', {'loss': 'joint', 'balance': 'switch'}),
+    ('lowrank_shared', {'loss': 'distill', 'beta': 0.5, 'chunk': 100}),
+    pytest.param('medusa_shared', {'loss': 'distill', 'bernoulli': True, 'balance': 'cv2'}, marks=pytest.mark.slow),
+    pytest.param('linear_shared', {'first': 0.0, 'balance': 'neg_entropy'}, marks=pytest.mark.slow)))
+def test_every_form_of_the_loss_trains_every_mode(batch, mode, options):
+    """Finite loss, and gradients that reach gate, factors and, from scratch, the trunk."""
+    task = small(head={'horizon': 3, 'rank': 2, 'inner_rank': 4, 'mode': mode}, **options)
+    params = jax.tree.map(jnp.asarray, filled(task))
+    (loss, metrics), grads = jax.jit(jax.value_and_grad(task.loss, has_aux=True))(params, batch, jax.random.key(0))
+    assert np.isfinite(loss) and 0 < float(metrics['joint_nll']) < 60
+    assert metrics['nll'] == metrics['nll_1'] and float(metrics['weight']) == batch['weights'].sum()
+    for path, leaf in flatten(grads['tensorhead']).items():
+        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, path
+    assert np.abs(grads['base']['embed']['tokens']).max() > 0
 
 
 def test_adapters_train_with_the_head_and_make_another_base(batch, base):
     task = tasks.build(base=str(base[0]), head={'horizon': 2, 'rank': 1, 'inner_rank': 4}, lora_rank=2, lora_last=1)
-    params = task.init(jax.random.key(0)) | {'base': jax.tree.map(jnp.asarray, base[2])}
+    params = filled(task) | {'base': jax.tree.map(jnp.asarray, base[2])}
+    for leaves in params['lora']['layers']['attn'].values():
+        leaves['kernel']['b'] *= 0  # as lora.init has it: nothing is changed at first
     assert train_step.split(flatten(params), task.trainable)[0].keys() == {
         path for path in flatten(params) if path.startswith(('lora/', 'tensorhead/'))}
     grads = jax.jit(jax.grad(lambda p: task.loss(p, batch, jax.random.key(0))[0]))(params)
