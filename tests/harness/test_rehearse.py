@@ -15,9 +15,10 @@ from jax.sharding import PartitionSpec as P
 
 from backbone.config import ModelConfig
 from backbone.errors import CompilerMissing, ConfigError
+from backbone.formats.tensors import flatten
 from configs import training
 from harness import aot, rehearse, rehearse_report, roofline, topology
-from harness.train_step import build_task
+from harness.train_step import build_task, split
 
 ROOT = pathlib.Path(__file__).parents[2]
 PODS = sorted(path.stem for path in (ROOT / 'configs').glob('pod_*.py'))
@@ -65,9 +66,11 @@ def test_pod_configs_with_the_compiler_at_its_best(compiler, name):
 
 
 def check_pod(config, quick):
-    result = rehearse.rehearse(config, 'v5e:2x2', quick=quick)
+    task = build_task(config)
+    drafts = hasattr(task, 'drafter')  # on a trunk whose own programs are another config's
+    result = rehearse.rehearse(config, 'v5e:2x2', ('train', 'draft') if drafts else rehearse.PROGRAMS, quick=quick)
     assert result.fits and result.chips == 4 and result.mesh['data'] == 4
-    train, prefill, decode = result.programs
+    train, *serving = result.programs
     for program in result.programs:
         assert program.trips_known and program.collectives and not program.refusal
         assert program.peak_bytes < program.usable_bytes
@@ -76,16 +79,29 @@ def check_pod(config, quick):
     assert kinds & {'all-gather', 'collective-permute'}
     assert kinds & {'reduce-scatter', 'all-reduce', 'collective-permute'}
     assert {c.axes for c in train.collectives if c.payload_bytes > 2**20} == {('data',)}
-    assert {c.axes for c in decode.collectives if c.kind == 'all-reduce'} == {('model',)}
-    # Parameters and two moments in float32, a quarter of them here; the step writes them in place.
+    # Parameters, and two moments of the trained ones, in float32, a quarter of them here; the step writes in place.
     assert train.aliased_bytes > 0.99 * train.output_bytes
-    shapes = jax.eval_shape(lambda: build_task(config).init(jax.random.key(0)))
-    scalars = sum(a.size for a in jax.tree.leaves(shapes))
-    assert train.argument_bytes == pytest.approx(3 * 4 * scalars / 4, rel=0.01)
+    parts = split(flatten(jax.eval_shape(lambda: task.init(jax.random.key(0)))), task.trainable)
+    trained, frozen = (sum(a.size for a in part.values()) for part in parts)
+    assert train.argument_bytes == pytest.approx(4 * (3 * trained + frozen) / 4, rel=0.01)
     # Computed again backwards: about 4/3 of the model's own FLOPs, and all S x S scores.
-    assert 1.0 < train.flops * 4 / train.model_flops < 2.0
-    assert 0 < train.most_mfu < 1 and prefill.flops * 4 == pytest.approx(prefill.model_flops, rel=0.1)
+    assert 1.0 < train.flops * 4 / train.model_flops < 2.0 and 0 < train.most_mfu < 1
+    check_draft(task.head, *serving) if drafts else check_decoding(*serving)
+
+
+def check_decoding(prefill, decode):
+    assert {c.axes for c in decode.collectives if c.kind == 'all-reduce'} == {('model',)}
+    assert prefill.flops * 4 == pytest.approx(prefill.model_flops, rel=0.1)
     assert decode.memory_s > decode.compute_s
+
+
+def check_draft(head, draft):
+    """The words' rows are split over the chips, the factors are on each of them; the rest is the mixture's sums."""
+    words, factors = head.words * head.hidden_size, 2 * head.horizon * head.rank * head.hidden_size * head.inner_rank
+    assert 2 * (words / 4 + factors) < draft.bytes < 4 * (words / 4 + factors)
+    assert draft.argument_bytes == pytest.approx(2 * (words / 4 + factors), rel=0.02)
+    assert {c.axes for c in draft.collectives} == {('model',)}
+    assert max(c.payload_bytes for c in draft.collectives) < 2**10
 
 
 def test_tiny_on_one_axis_or_the_other(compiler):

@@ -12,7 +12,7 @@ from tensorhead.config import MODES, TensorHeadConfig
 from tests.conftest import tiny_config
 
 D, V, N, R, K = 8, 20, 3, 4, 5
-IDS = np.array([0, 3, 4, 7, 11, 12, 19])
+IDS = np.array([0, 3, 4, 7, 11, 12, 17])
 
 
 def config(mode='lowrank_shared', **changes):
@@ -112,8 +112,8 @@ def test_a_new_head_has_components_that_differ_a_little(fresh):
 
 
 def test_low_rank_noise_is_as_large_as_that_of_a_full_matrix(fresh):
-    product = np.einsum('srdk,srkc->srdc', fresh['factors']['down'], fresh['factors']['up'])
-    assert np.std(product) == pytest.approx(config().init_std, rel=0.15)
+    down, up = (np.std(fresh['factors'][name]) for name in ('down', 'up'))
+    assert K ** 0.5 * down * up == pytest.approx(config().init_std, rel=0.1)  # of a sum of K products
 
 
 @pytest.mark.parametrize('layout', ('tied', 'untied', 'packed', 'projected'))
@@ -148,7 +148,7 @@ def test_base_ids_to_draft_ids_and_back():
     assert all_known.all()
 
 
-@pytest.mark.parametrize('ids, words', ((None, 7), (IDS, 0), (IDS, 6), (IDS[::-1], 7), (IDS + 1, 7), (IDS - 1, 7),
+@pytest.mark.parametrize('ids, words', ((None, 7), (IDS, 0), (IDS, 6), (IDS[::-1], 7), (IDS + 3, 7), (IDS - 1, 7),
                                         (np.zeros(7, int), 7)))
 def test_draft_ids_that_do_not_fit_are_refused(ids, words):
     assert 'draft_ids' in jax.eval_shape(lambda: heads.init(config(draft_vocab=7), jax.random.key(0), IDS))

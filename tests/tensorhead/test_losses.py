@@ -340,6 +340,14 @@ def test_balance_is_of_the_whole_batch():
         assert weighed == pytest.approx(float(losses.balance(log_w[:4], weight[:4], kind)), abs=1e-6)
 
 
+def test_switch_by_hand():
+    """r sum_a f_a P_a with f = (3/4, 1/4) and P = (5/8, 3/8); the gradient is that of P alone."""
+    w, weight = np.array([[.5, .5], [.9, .1], [.2, .8]], np.float32), np.array([1, 2, 1], np.float32)
+    value, grad = jax.jit(jax.value_and_grad(lambda w: losses.balance(jnp.log(w), weight, 'switch')))(w)
+    assert value == pytest.approx(1.125, abs=1e-6)
+    np.testing.assert_allclose(grad, 2 * weight[:, None] / 4 * np.array([.75, .25]), atol=1e-6)
+
+
 def test_usage_by_hand():
     log_w = np.log([[.5, .5], [.9, .1], [.2, .8]]).astype(np.float32)
     after = np.log([[.3, .1], [1, 3], [.5, .5]])  # up to a constant a row

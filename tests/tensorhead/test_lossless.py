@@ -49,7 +49,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', [pytest.param(c, marks=pytest.mark.slow) if c == 'processed' else c for c in CASES])
 def test_emitted_is_the_bases_law(case):
     fields, sampling = CASES[case]
     w = world(V, D, STEPS + N - 1)
