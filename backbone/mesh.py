@@ -44,9 +44,10 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r'.*tensorhead/factors/bias', (None, 'component', None)),
     (r'.*tensorhead/factors/down', (None, 'component', 'embed', None)),
     (r'.*tensorhead/factors/up', (None, 'component', None, 'embed')),
-    # The same as it decodes (tensorhead/packed.py): [n, r, out, in], and the words' rows of the unembedding.
-    (r'.*tensorhead/(first|later)/kernel_t', (None, 'component', 'vocab', 'embed')),
-    (r'.*tensorhead/(first|later)/(down_t|up)', (None, 'component', None, 'embed')),
+    # The same as it decodes (tensorhead/packed.py): factors [n, r, out, in], whose rows become one axis in the product,
+    # so what is contracted is split; and the words' rows of the unembedding.
+    (r'.*tensorhead/(first|later)/(kernel_t|down_t)', (None, 'component', None, 'mlp')),
+    (r'.*tensorhead/(first|later)/up', (None, 'component', 'mlp', None)),
     (r'.*tensorhead/unembed', ('vocab', 'embed')),
     (r'.*layers/(k|v)', ('batch', 'kv_heads', None, None)),  # the cache
     (r'.*', ()),

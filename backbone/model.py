@@ -58,7 +58,7 @@ def abstract_params(cfg: ModelConfig, dtype=jnp.float32) -> dict:
 def embed(cfg: ModelConfig, params: dict, tokens: Array, positions: Array) -> Array:
     """tokens, positions [B, S] -> residual [B, S, d], in the dtype of the norms."""
     table = params['embed']
-    x = _rows(params, tokens).astype(jax.tree.leaves(_any_norm(params))[0].dtype)
+    x = token_rows(params, tokens).astype(jax.tree.leaves(_any_norm(params))[0].dtype)
     if cfg.embed_scale is not None:
         x = x * jnp.asarray(cfg.embed_scale, x.dtype)
     if 'project_in' in table:
@@ -68,7 +68,7 @@ def embed(cfg: ModelConfig, params: dict, tokens: Array, positions: Array) -> Ar
     return x
 
 
-def _rows(params: dict, ids: Array) -> Array:
+def token_rows(params: dict, ids: Array) -> Array:
     """Embedding rows of ids [B, S]. Packed for a CPU they are taken in C: XLA:CPU gathers from bfloat16 by way of
     a float32 copy of the whole table."""
     table = params['embed']['tokens']

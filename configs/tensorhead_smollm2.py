@@ -24,7 +24,7 @@ def get_config(variant: str = ''):
         'base': 'smollm2-135m', 'cached': True, 'positions': 64, 'chunk': 0,
         'loss': 'discounted', 'discount': 0.9, 'first': 1.0, 'balance': '', 'balance_coef': 0.01,
         'draft_ids': 'out/text/smollm2/ids.npy',  # scripts/draft_vocabulary.py
-        'head': {'horizon': 4, 'rank': 4, 'mode': 'lowrank_shared', 'inner_rank': 64, 'draft_vocab': 4096}})
+        'head': {'horizon': 4, 'rank': 4, 'mode': 'lowrank_shared', 'inner_rank': 64, 'pending_size': 0, 'draft_vocab': 4096}})
     config.data.update({'dataset': 'selfgen', 'manual_dir': 'out/text/smollm2', 'tokenizer': 'smollm2-135m',
                         'seq_len': 256, 'batch_size': 16})
     config.optimizer.update({'learning_rate': 5e-3, 'warmup_steps': 40, 'weight_decay': 0.0})

@@ -88,8 +88,8 @@ def main(model: str, device: str, chips: int, batch: int, context: int, inner_ra
     plain = step(1).seconds
     total = sizes(jax.eval_shape(lambda: init_params(cfg, jax.random.key(0))))
     print(f'{model}: {count(total)} parameters, {count(total * ITEM)}B. Plain decoding on {chips} x {device}, batch '
-          f'{batch}, {context} tokens in the cache: {count(step(1).cost.bytes)}B and {1e3 * plain / chips:.2f} ms a token; a pass '
-          'over n tokens: ' + ', '.join(f'n = {n} {1e3 * step(n).seconds / chips:.2f} ms' for n in horizons))
+          f'{batch}, {context} tokens cached: {count(step(1).cost.bytes)}B and {1e3 * plain / chips:.2f} ms a token; '
+          'a pass over n tokens: ' + ', '.join(f'n = {n} {1e3 * step(n).seconds / chips:.2f} ms' for n in horizons))
 
     def row(names, mode, count_words, n, show):
         made = (TensorHeadConfig(cfg.hidden_size, cfg.vocab_size, n, r, mode, inner_rank, count_words) for r in ranks)

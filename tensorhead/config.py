@@ -18,6 +18,9 @@ class TensorHeadConfig:
     mode: how factor (s, a) makes logits from the hidden state e. 'full': its own matrix [d, V]; the others share the
     base's unembedding U: U (e + M e) with M a matrix ('linear_shared') or a product of inner rank `inner_rank`
     ('lowrank_shared'), or U (e + SiLU(M e + b)) ('medusa_shared').
+    pending_size: where above 0, factors 2..n read the embedding of x_1 beside e, through so many hidden units: x_1 is
+    known when they draft. The law stays a mixture given x_1, every query as it was. 0 is the published form, in which
+    x_1 only re-weights the components.
     draft_vocab: words the head knows, 0 for all of the base's `vocab_size`. init_std: of the noise that tells the
     components apart at the start; without it they would stay equal for ever.
     """
@@ -28,6 +31,7 @@ class TensorHeadConfig:
     rank: int = 4
     mode: str = 'lowrank_shared'
     inner_rank: int = 64
+    pending_size: int = 0
     draft_vocab: int = 0
     init_std: float = 0.02
 
@@ -37,6 +41,8 @@ class TensorHeadConfig:
                 raise ConfigError(f'tensorhead.{name} must be at least 1, got {getattr(self, name)}')
         if self.mode not in MODES:
             raise ConfigError(f'tensorhead.mode: unknown {self.mode!r}, one of {", ".join(MODES)}')
+        if self.pending_size < 0 or self.pending_size and self.mode == 'full':
+            raise ConfigError(f'tensorhead.pending_size must be at least 0, and 0 in mode full, got {self.pending_size}')
         if not 0 <= self.draft_vocab <= self.vocab_size:
             raise ConfigError(f'tensorhead.draft_vocab must be in 0..{self.vocab_size}, got {self.draft_vocab}')
 

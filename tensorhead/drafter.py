@@ -20,6 +20,7 @@ from backbone.cache import Cache
 from backbone.config import ModelConfig
 from backbone.contract import Draft, Output
 from backbone.errors import ConfigError
+from backbone.model import token_rows
 from backbone.sampling import Sampling, draw, fold_in, law
 from tensorhead import cp
 from tensorhead import head as heads
@@ -92,7 +93,10 @@ class TensorHeadDrafter:
     def draft(self, params: Any, cache: Cache, state: dict[str, Array], rng: Array,
               sampling: Sampling) -> tuple[Draft, Cache, dict[str, Array]]:
         head = self.ready(params['tensorhead'], params['base'])
-        log_w, logp = self._mixture(head, state['e'], cache.pending)
+        e = start = state['e']
+        if self.cfg.pending_size:
+            start = heads.read_pending(head, e, token_rows(params['base'], cache.pending[:, None])[:, 0])
+        log_w, logp = self._mixture(head, e, start, cache.pending)
 
         def choose(s: int, log_q: Array) -> tuple[Array, Array | None]:
             if sampling.greedy:
@@ -120,23 +124,23 @@ class TensorHeadDrafter:
         """
         return packing.pack(self.cfg, head, base, dtype)
 
-    def _mixture(self, head: dict, e: Array, pending: Array) -> tuple[Array, Array]:
+    def _mixture(self, head: dict, e: Array, start: Array, pending: Array) -> tuple[Array, Array]:
         """e [B, d], pending [B] -> weights given the pending token [B, c], log p of the K drafts [B, K, c, W].
 
-        All components: one product with the vocabulary. Some of them: one to choose them by, one for the rest.
+        start [B, d]: what factors 2..n begin from: e, or e with the pending token read into it. All components: one product with the vocabulary. Some of them: one to choose them by, one for the rest.
         """
         cfg, count = self.cfg, self.components or self.cfg.rank
         log_w = packing.log_weights(head, e)
         if cfg.rank == 1:  # nothing to choose between, and `law` normalises
-            return log_w, packing.logits(cfg, head, packing.features(cfg, head['later'], e))
+            return log_w, packing.logits(cfg, head, packing.features(cfg, head['later'], start))
         first = packing.features(cfg, head['first'], e)
         if count == cfg.rank:
-            both = jnp.concatenate([first, packing.features(cfg, head['later'], e)], axis=1)
+            both = jnp.concatenate([first, packing.features(cfg, head['later'], start)], axis=1)
             logp = jax.nn.log_softmax(packing.logits(cfg, head, both), axis=-1)
             return self._seen(head, log_w, logp[:, 0], pending), logp[:, 1:]
         logp = jax.nn.log_softmax(packing.logits(cfg, head, first), axis=-1)
         log_w, best = jax.lax.top_k(self._seen(head, log_w, logp[:, 0], pending), count)
-        later = packing.logits(cfg, head, packing.features_of(cfg, head['later'], e, best))
+        later = packing.logits(cfg, head, packing.features_of(cfg, head['later'], start, best))
         if count == 1:
             return jnp.zeros_like(log_w), later
         return jax.nn.log_softmax(log_w, axis=-1), jax.nn.log_softmax(later, axis=-1)

@@ -16,7 +16,7 @@ import numpy as np
 from flax import struct
 
 from backbone.errors import ConfigError
-from backbone.matmul import product
+from backbone.matmul import dense, product
 from backbone.mesh import constrain
 from tensorhead.config import TensorHeadConfig
 
@@ -59,6 +59,10 @@ def init(cfg: TensorHeadConfig, rng: Array, draft_ids: Array | None = None) -> d
         head['factors'] = {'kernel': noise(keys[1], n, r, d, d)}
         if cfg.mode == 'medusa_shared':
             head['factors']['bias'] = jnp.zeros((n, r, d))
+    if m := cfg.pending_size:
+        two = jax.random.split(keys[0])  # an `up` of 0 leaves e as it is at first
+        head['pending'] = {'from_e': d ** -0.5 * jax.random.normal(two[0], (d, m)), 'bias': jnp.zeros((m,)),
+                           'from_x': d ** -0.5 * jax.random.normal(two[1], (d, m)), 'up': jnp.zeros((m, d))}
     return head if draft_ids is None else head | {'draft_ids': jnp.asarray(draft_ids, jnp.int32)}
 
 
@@ -73,8 +77,21 @@ def _check_ids(cfg: TensorHeadConfig, ids: Array | None) -> None:
         raise ConfigError(f'tensorhead.draft_vocab: draft_ids must ascend within 0..{cfg.vocab_size - 1}')
 
 
-def factors(cfg: TensorHeadConfig, head: dict, e: Array) -> Factors:
-    """The mixture at hidden states e [..., d] (after the final norm).
+def read_pending(head: dict, e: Array, embedding: Array) -> Array:
+    """What factors 2..n start from in place of e [..., d] where they read x_1: e and its embedding [..., d], mixed.
+
+    The base's embeddings are of any scale: they are brought to a root mean square of 1.
+    """
+    p = head['pending']
+    wide = embedding.astype(jnp.promote_types(embedding.dtype, jnp.float32))
+    unit = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-12)
+    inner = dense({'kernel': p['from_e']}, e) + dense({'kernel': p['from_x'], 'bias': p['bias']}, unit.astype(e.dtype))
+    return (e + dense({'kernel': p['up']}, jax.nn.silu(inner))).astype(e.dtype)
+
+
+def factors(cfg: TensorHeadConfig, head: dict, e: Array, x_1: Array | None = None) -> Factors:
+    """The mixture at hidden states e [..., d] (after the final norm). x_1 [..., d]: embedding of the token that follows,
+    where the head reads it.
 
     h is in e's dtype; products are accumulated and log_w is taken in at least float32.
     """
@@ -82,6 +99,15 @@ def factors(cfg: TensorHeadConfig, head: dict, e: Array) -> Factors:
     p = head['factors']
     if cfg.mode == 'full':
         return Factors(log_w, e=e, kernel=p['kernel'])
+    if not cfg.pending_size:
+        return Factors(log_w, h=_pin(_states(cfg, p, e)))
+    first, later = (jax.tree.map(lambda leaf: leaf[part], p) for part in (slice(1), slice(1, None)))
+    h = jnp.concatenate([_states(cfg, first, e), _states(cfg, later, read_pending(head, e, x_1))], axis=-3)
+    return Factors(log_w, h=_pin(h))
+
+
+def _states(cfg: TensorHeadConfig, p: dict, e: Array) -> Array:
+    """h [..., m, r, d] of the m factors of p, in e's dtype."""
     if cfg.mode == 'lowrank_shared':
         inner = product('...d,srdk->...srk', e, p['down']).astype(p['up'].dtype)
         # In the operands' own dtype: XLA:CPU has no batched product of bfloat16 into float32.
@@ -90,7 +116,7 @@ def factors(cfg: TensorHeadConfig, head: dict, e: Array) -> Factors:
         change = product('...d,srdc->...src', e, p['kernel'])
         if cfg.mode == 'medusa_shared':
             change = jax.nn.silu(change + p['bias'])
-    return Factors(log_w, h=_pin((e[..., None, None, :] + change).astype(e.dtype)))
+    return (e[..., None, None, :] + change).astype(e.dtype)
 
 
 def _pin(h: Array) -> Array:

@@ -34,6 +34,8 @@ def pack(cfg: TensorHeadConfig, head: dict, base: dict, dtype: Any = None) -> di
     packed = {'gate': {'kernel_t': jnp.asarray(head['gate']['kernel']).T, 'bias': jnp.asarray(head['gate']['bias'])},
               'first': {name: leaf[:1] for name, leaf in turned.items()},
               'later': {name: leaf[1:] for name, leaf in turned.items()}}
+    if 'pending' in head:  # few rows through [d, m]: as the other matrices
+        packed['pending'] = {name: leaf if name == 'bias' else narrow(leaf) for name, leaf in head['pending'].items()}
     if 'draft_ids' in head:
         packed['draft_ids'] = jnp.asarray(head['draft_ids'])
     if cfg.mode != 'full':

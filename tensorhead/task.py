@@ -88,7 +88,7 @@ class HeadTask:
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        mine = ('tensorhead/(gate|factors)/.*',)
+        mine = ('tensorhead/(gate|factors|pending)/.*',)
         return mine + (('base/.*',) if not self.frozen_unembedding else ('lora/.*',) if self.lora_rank else ())
 
     @property
@@ -162,7 +162,8 @@ class HeadTask:
         e, future, valid, weight, at = self.choose(hidden, future, valid, weight, rng)
         index, valid = known_suffix(head, future, valid)
         unembedding = heads.unembedding(base, head)
-        factors = heads.factors(self.head, head, e)
+        x_1 = base['embed']['tokens'][future[..., 0]] if self.head.pending_size else None
+        factors = heads.factors(self.head, head, e, x_1 if x_1 is None else x_1.astype(wide))
         logp = losses.gold_logp(self.head, head, factors, unembedding, index, valid, self.chunk,
                                 self.frozen_unembedding)
         log_w = factors.log_w

@@ -66,6 +66,7 @@ def configure(rank: int, horizon: int) -> object:
         kwargs.update({'base': BASE.value or kwargs.base, 'draft_ids': DRAFT_IDS.value})
     kwargs.head.update({'rank': rank, 'horizon': horizon})
     config.num_steps = STEPS.value or config.num_steps
+    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, config.num_steps // 4)
     logits = 4 * config.data.batch_size * config.data.seq_len * rank * horizon * kwargs.chunk / 2**30
     while logits / config.optimizer.accumulate > GIB.value and config.optimizer.accumulate < config.data.batch_size:
         config.optimizer.accumulate *= 2

@@ -191,14 +191,16 @@ def test_a_mixture_that_forgets_is_caught(five_words, forgets):  # noqa: F811
     class Forgets(TensorHeadDrafter):
         def draft(self, params, cache, state, rng, sampling):
             draft, cache_, state_ = super().draft(params, cache, state, rng, sampling)
-            log_w, logp = self._mixture(self.ready(params['tensorhead'], params['base']), state['e'], cache.pending)
+            head, e = self.ready(params['tensorhead'], params['base']), state['e']
+            log_w, logp = self._mixture(head, e, e, cache.pending)
             probs = law(cp.row(log_w[:, None], logp), sampling)
             gold = jnp.take_along_axis(probs, draft.tokens[..., None], -1)[..., 0]
             return draft.replace(law=draft.law.replace(probs=probs, gold=gold)), cache_, state_
 
     cfg_head = TensorHeadConfig(16, 5, 4, 3, 'full', init_std=1.0)
     head = heads.init(cfg_head, jax.random.key(0))
-    head['factors']['kernel'] = head['factors']['kernel'].at[0].set(0)  # so that the pending token decides nothing
+    head['factors']['kernel'] = head['factors']['kernel'].at[0].set(0)  # neither the pending token nor the gate
+    head['gate'] = jax.tree.map(jnp.zeros_like, head['gate'])  # says which component it is: the drafts themselves do
     drafter = (Forgets if forgets else TensorHeadDrafter)(cfg_head)
     assert follows((cfg, None, params | {'tensorhead': head}), drafter, Sampling(1.0)) != forgets
 

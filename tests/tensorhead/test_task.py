@@ -11,17 +11,22 @@ import pytest
 from absl import flags
 
 from backbone import formats, tokenizer
+from backbone.cache import commit
 from backbone.config import ModelConfig
 from backbone.errors import ConfigError, FormatError, RequestError
 from backbone.formats.tensors import Loaded, flatten, params_hash
 from backbone.layout import pack
 from backbone.model import PlainTarget
+from backbone.sampling import Sampling
 from configs import tensorhead_smollm2, training
 from harness import artefacts, data, decode, models, train, train_step, zoo
 from harness.baselines import Autoregressive
 from harness.launch import artefact as artefact_cli
+from tensorhead import cp, losses
+from tensorhead import head as heads
 from tensorhead import task as tasks
 from tensorhead.config import TensorHeadConfig
+from tensorhead.drafter import TensorHeadDrafter
 from tests.conftest import lively
 
 SHAPE = training.llama(vocab=257, hidden=32, layers=1, heads=2, kv_heads=1, intermediate=48, max_seq_len=64)
@@ -238,3 +243,31 @@ def test_a_wrong_draft_vocabulary_is_refused(tmp_path, ids):
 def test_a_draft_vocabulary_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match='none.npy'):
         tasks.read_ids(str(tmp_path / 'none.npy'), TensorHeadConfig(4, 8, draft_vocab=4))
+
+
+def test_factors_that_read_the_pending_token_draft_what_they_were_trained_for(batch, base):
+    """The drafter's law of each draft is the loss's conditional; another pending token gives another; and it decodes."""
+    cfg, params = base[1], {'base': jax.tree.map(jnp.asarray, base[2])}
+    head_cfg = TensorHeadConfig(32, 257, 3, 2, inner_rank=4, pending_size=8)
+    params['tensorhead'] = heads.init(head_cfg, jax.random.key(1))
+    params['tensorhead']['pending']['up'] = 0.3 * jax.random.normal(jax.random.key(2), (8, 32))
+    drafter = TensorHeadDrafter(head_cfg)
+    tokens = batch['tokens'][:2, :6]
+    cache = PlainTarget(cfg).init_cache(2, 16, 2)
+    output = PlainTarget(cfg).forward(params, tokens, cache, taps=('hidden:last',))
+    e = output.taps['hidden:last'][:, 4]
+    state = {'e': e}
+    seen = commit(output.cache, jnp.array([4, 4]), tokens[:, 5])
+    draft, _, _ = drafter.draft(params, seen, state, jax.random.key(0), Sampling(1.0))
+    x_1 = params['base']['embed']['tokens'][tokens[:, 5]]
+    mixture = heads.factors(head_cfg, params['tensorhead'], e, x_1)
+    window = jnp.concatenate([tokens[:, 5:], draft.tokens], axis=1)
+    logp = losses.gold_logp(head_cfg, params['tensorhead'], mixture, heads.unembedding(params['base'], {}), window,
+                            jnp.ones((2, 3), bool))
+    expected = jnp.exp(cp.conditionals(mixture.log_w, logp)[:, 1:])
+    assert np.allclose(draft.law.gold, expected, rtol=2e-4)
+    other, _, _ = drafter.draft(params, commit(output.cache, jnp.array([4, 4]), (tokens[:, 5] + 1) % 257), state,
+                                jax.random.key(0), Sampling(1.0))
+    assert not np.allclose(draft.law.row(jnp.array([0, 0])), other.law.row(jnp.array([0, 0])), rtol=0.05)
+    want = decode.generate(PlainTarget(cfg), Autoregressive(), params, tokens.tolist(), max_new_tokens=12).tokens
+    assert decode.generate(PlainTarget(cfg), drafter, params, tokens.tolist(), max_new_tokens=12).tokens == want
