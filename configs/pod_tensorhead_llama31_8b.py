@@ -5,9 +5,9 @@
         --config.task.kwargs.base=DIR --config.task.kwargs.model= --config.task.kwargs.overrides= \\
         --config.data.manual_dir=DIR --config.data.tokenizer=DIR                   # on every host; see docs/pods.md
 
-Rank 4 over 4 tokens, factors of inner rank 64, 16,384 words: 8.5 M parameters beside 8 B. The trunk runs forward only and
-keeps nothing for a backward pass; its matrices, and the optimizer's few, are split over every chip (FSDP). What the TPU
-compiler says of it is tabled in docs/tensorhead_cost.md.
+Rank 4 over 4 tokens, factors of inner rank 64, 16,384 words: 8.4 M parameters beside 8 B. The trunk runs forward only
+and keeps nothing for a backward pass; its matrices are split over every chip (FSDP). What the TPU compiler says of it is
+tabled in docs/tensorhead_cost.md.
 """
 
 from ml_collections import ConfigDict

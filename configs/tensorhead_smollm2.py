@@ -11,7 +11,7 @@ and writes zoo/tensorhead_smollm2_r4. The base runs over the text once and its h
 step costs the head alone. Times and results: docs/tensorhead.md.
 Meant for two CPU cores: a draft vocabulary of 4096 words, 64 random positions of each row a step. `:gpu` has the whole
 recipe: 16,384 words, every position, longer. `:lora` adds adapters on the attention of the last 4 layers, which makes
-another base. `:tiny` trains the same head on a random model of 2 layers in seconds.
+another base. `:pending` is a rank-1 head whose drafts read the pending token's embedding. `:tiny` trains the same head on a random model of 2 layers in seconds.
 """
 
 from configs import training
@@ -37,12 +37,17 @@ def get_config(variant: str = ''):
         config.task.kwargs.head.draft_vocab = 16384
         config.data.update({'seq_len': 512, 'batch_size': 64})
         config.num_steps = 4000
+    elif variant == 'pending':
+        config.task.kwargs.head.update({'rank': 1, 'pending_size': 512})
+        config.optimizer.weight_decay = 0.1
+        config.num_steps = 1200
+        config.eval.every = 240
     elif variant == 'lora':
         config.task.kwargs.update({'cached': False, 'lora_rank': 16, 'lora_last': 4})
     elif variant == 'tiny':
         make_tiny(config)
     elif variant:
-        raise ValueError(f'unknown variant {variant!r}, known: gpu, lora, tiny')
+        raise ValueError(f'unknown variant {variant!r}, known: pending, gpu, lora, tiny')
     return config
 
 

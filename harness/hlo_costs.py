@@ -174,7 +174,8 @@ def _touches(size_in: int, size_out: int, size: int, stride: int, lhs_dilate: in
 
 # Nothing moves: names for parts of other values, control flow whose insides are counted, and the second half of a pair.
 _FREE = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'after-all',
-         'partition-id', 'replica-id', 'async-start', 'async-update', 'async-done', 'copy-done', 'opt-barrier',
+         'partition-id', 'replica-id', 'async-start', 'async-update', 'async-done', 'copy-done', 'slice-done',
+         'opt-barrier',
          *(f'{kind}-done' for kind in KINDS)}
 
 
@@ -192,6 +193,8 @@ def _bytes(module: Module, computation: Computation, instruction: Instruction) -
         return 2 * _main_memory(operands[-1] if instruction.opcode == 'scatter' else operands[1])
     if instruction.opcode == 'copy-start':  # (destination, source, context)
         return sum(_leaf_bytes(leaf) for leaf in instruction.arrays[:2])
+    if instruction.opcode == 'slice-start':  # ((source), slice, context)
+        return instruction.arrays[1].padded_bytes + _leaf_bytes(instruction.arrays[1])
     return _main_memory(instruction) + sum(map(_main_memory, operands))
 
 

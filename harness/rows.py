@@ -39,7 +39,8 @@ def make_row(config, bench: Bench, benches, plain_out, floor, parts, ties: NearT
     mean_accepted = float((bench.accepted * (1 + np.arange(len(bench.accepted)))).sum() / max(bench.accepted.sum(), 1))
     common = {
         'method': bench.method, 'mode': bench.spec.mode, 'dtype': bench.dtype, 'batch': bench.batch,
-        'settings': {k: v for k, v in dict(bench.spec.kwargs).items()}, 'mean_accepted_tokens': mean_accepted,
+        'settings': dict(bench.spec.kwargs) | ({'artefact': bench.spec.artefact} if bench.spec.get('artefact') else {}),
+        'mean_accepted_tokens': mean_accepted,
         'identical_rate': identical, 'mismatches': mismatches,
         'quality': 1.0 if lossless else agreement(bench, prompts, plain_out),
         'bytes_per_token': bench.bytes_per_round * bench.rounds / max(bench.decoded, 1),

@@ -61,7 +61,7 @@ def cost(cfg: ModelConfig, head: TensorHeadConfig, batch: int = 1) -> HeadCost:
     rows = head.rank * (head.horizon - (head.rank == 1))
     shared = sizes(ready.get('unembed', {}))
     gate = sizes(ready['gate'])
-    return HeadCost(sizes({k: tree[k] for k in ('gate', 'factors')}), 4 * gate + (factors + shared) * ITEM,
+    return HeadCost(sizes({k: v for k, v in tree.items() if k != 'draft_ids'}), 4 * gate + (factors + shared) * ITEM,
                     2.0 * batch * (gate + factors + rows * shared))
 
 
@@ -92,8 +92,9 @@ def main(model: str, device: str, chips: int, batch: int, context: int, inner_ra
           'a pass over n tokens: ' + ', '.join(f'n = {n} {1e3 * step(n).seconds / chips:.2f} ms' for n in horizons))
 
     def row(names, mode, count_words, n, show):
-        made = (TensorHeadConfig(cfg.hidden_size, cfg.vocab_size, n, r, mode, inner_rank, count_words) for r in ranks)
-        return [*names, str(n), *(show(cost(cfg, head, batch), n) for head in made)]
+        make = functools.partial(TensorHeadConfig, cfg.hidden_size, cfg.vocab_size, n, mode=mode, inner_rank=inner_rank,
+                                 draft_vocab=count_words)
+        return [*names, str(n), *(show(cost(cfg, make(rank=r), batch), n) for r in ranks)]
 
     def weight(found, n):
         return f'{count(found.params)}, {count(ITEM * found.params)}B'

@@ -54,6 +54,8 @@ class DraftedLaw:
 class TensorHeadDrafter:
     """Drafts K = horizon-1 tokens with params['tensorhead'], from the hidden state behind the last token kept.
 
+    drafts: fewer than those, 0 for all: the rest of the factors is left out, which marginalises them exactly. A short
+    draft is cheaper to verify; with few acceptances it is the faster one.
     components: so many of the likeliest components draft, once the pending token has been seen; 0 is all of them. The
     mixture is cut to those before anything is drawn, so the law stays exact; fewer rows meet the vocabulary.
     State: {'e': [B, d]}.
@@ -61,6 +63,7 @@ class TensorHeadDrafter:
 
     cfg: TensorHeadConfig
     components: int = 0
+    drafts: int = 0
 
     needs = ('hidden:last',)
 
@@ -70,10 +73,12 @@ class TensorHeadDrafter:
                               f'got {self.cfg.horizon}')
         if not 0 <= self.components <= self.cfg.rank:
             raise ConfigError(f'components must be in 0..{self.cfg.rank} (0 is all), got {self.components}')
+        if not 0 <= self.drafts < self.cfg.horizon:
+            raise ConfigError(f'drafts must be in 0..{self.cfg.horizon - 1} (0 is all), got {self.drafts}')
 
     @property
     def block(self) -> int:
-        return self.cfg.horizon - 1
+        return self.drafts or self.cfg.horizon - 1
 
     def init_params(self, rng: Array) -> dict:
         ids = jnp.arange(self.cfg.draft_vocab, dtype=jnp.int32) if self.cfg.draft_vocab else None
@@ -122,7 +127,7 @@ class TensorHeadDrafter:
 
         One that is ready stays as it is; one that is not drafts the same, packed anew in every round.
         """
-        return packing.pack(self.cfg, head, base, dtype)
+        return packing.pack(self.cfg, head, base, dtype, self.block)
 
     def _mixture(self, head: dict, e: Array, start: Array, pending: Array) -> tuple[Array, Array]:
         """e [B, d], pending [B] -> weights given the pending token [B, c], log p of the K drafts [B, K, c, W].
@@ -157,7 +162,7 @@ def _at(table: Array, index: Array) -> Array:
     return jnp.take_along_axis(table, index[:, None, None], axis=1)[:, 0]
 
 
-def build(cfg: ModelConfig, head: Mapping[str, Any], components: int = 0) -> TensorHeadDrafter:
+def build(cfg: ModelConfig, head: Mapping[str, Any], components: int = 0, drafts: int = 0) -> TensorHeadDrafter:
     """From a config or an artefact's card: head holds the fields of TensorHeadConfig; sizes default to the base's.
 
     Errors: ConfigError for an unknown field, or a head made for a base of another shape.
@@ -167,4 +172,4 @@ def build(cfg: ModelConfig, head: Mapping[str, Any], components: int = 0) -> Ten
     if (made.hidden_size, made.vocab_size) != (cfg.hidden_size, cfg.vocab_size):
         raise ConfigError(f'the head is for hidden size {made.hidden_size} and {made.vocab_size} words, '
                           f'the base has {cfg.hidden_size} and {cfg.vocab_size}')
-    return TensorHeadDrafter(made, components)
+    return TensorHeadDrafter(made, components, drafts)

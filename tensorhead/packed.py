@@ -19,11 +19,11 @@ from tensorhead.config import TensorHeadConfig
 Array = jax.Array
 
 
-def pack(cfg: TensorHeadConfig, head: dict, base: dict, dtype: Any = None) -> dict:
+def pack(cfg: TensorHeadConfig, head: dict, base: dict, dtype: Any = None, drafts: int | None = None) -> dict:
     """A head's parameters -> the same for the functions below, in `dtype` (default: as they are). Packed ones stay.
 
     base: params['base'], packed for decoding or not. 'unembed' [W, d] is the base's own array where it has one of that
-    type and there is no draft vocabulary. Gate and biases stay float32.
+    type and there is no draft vocabulary. Gate and biases stay float32. drafts: factors 2..drafts+1 only.
     """
     if 'later' in head:
         return head
@@ -33,7 +33,7 @@ def pack(cfg: TensorHeadConfig, head: dict, base: dict, dtype: Any = None) -> di
               for name, leaf in head['factors'].items()}
     packed = {'gate': {'kernel_t': jnp.asarray(head['gate']['kernel']).T, 'bias': jnp.asarray(head['gate']['bias'])},
               'first': {name: leaf[:1] for name, leaf in turned.items()},
-              'later': {name: leaf[1:] for name, leaf in turned.items()}}
+              'later': {name: leaf[1:None if drafts is None else drafts + 1] for name, leaf in turned.items()}}
     if 'pending' in head:  # few rows through [d, m]: as the other matrices
         packed['pending'] = {name: leaf if name == 'bias' else narrow(leaf) for name, leaf in head['pending'].items()}
     if 'draft_ids' in head:

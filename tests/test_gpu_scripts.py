@@ -29,8 +29,8 @@ def test_train_135m(tmp_path):
 
 
 def test_train_tensorhead(tmp_path):
-    run('train_tensorhead.py', '--heads=r2', '--steps=12', '--batch=1', '--timed=1', '--repeats=2', '--logits_gib=0.0006',
-        '--max_new_tokens=16', '--piece_bytes=9000', f'--out={tmp_path}',
+    run('train_tensorhead.py', '--heads=r2', '--steps=12', '--batch=1', '--timed=1', '--repeats=2',
+        '--logits_gib=0.0006', '--max_new_tokens=16', '--piece_bytes=9000', f'--out={tmp_path}',
         xla_flags='--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true')
     report = json.loads((tmp_path / 'train_tensorhead.json').read_text())
     head, decoding = report['heads']['r2'], report['decoding']

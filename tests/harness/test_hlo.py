@@ -242,3 +242,15 @@ def test_an_operand_that_an_inner_fusion_only_renames_is_read(operands, of_the_w
     use = f'f32[4,1024]{{1,0:T(4,128)}} custom-call({operands}), custom_call_target="Other"'
     moved = hlo_costs.work(hlo.parse(NESTED.replace('USE', use))).bytes
     assert moved == 2 * 4 * 4096 + 4 * 4 * 1024 + of_the_weights * 2 * 4096
+
+
+def test_a_prefetched_slice_counts_once():
+    text = """
+ENTRY %main (w: bf16[2048,4096]) -> bf16[512,4096] {
+  %w = bf16[2048,4096]{1,0:T(8,128)(2,1)} parameter(0)
+  %slice-start = ((bf16[2048,4096]{1,0:T(8,128)(2,1)}), bf16[512,4096]{1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) \
+slice-start(%w), slice={[0:512], [0:4096]}
+  ROOT %slice-done = bf16[512,4096]{1,0:T(8,128)(2,1)S(1)} slice-done(%slice-start)
+}
+"""
+    assert hlo_costs.work(hlo.parse(text)).bytes == 2 * 512 * 4096

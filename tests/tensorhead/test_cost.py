@@ -41,7 +41,7 @@ def test_parameters_at_the_shape_of_llama_8b(script, n, r, mode, params):
 def test_bytes_and_flops_of_a_draft(script, mode, rank):
     """All weights of a traced draft's products, and not much else; of a draft vocabulary, too."""
     cfg = tiny_config(vocab=768, hidden=128)
-    head = TensorHeadConfig(128, 768, 2, rank, mode, 16, 512)
+    head = TensorHeadConfig(128, 768, 2, rank, mode, 16, draft_vocab=512)
     drafter, base = TensorHeadDrafter(head), abstract_params(cfg, jnp.bfloat16)
     tree = jax.eval_shape(lambda: heads.init(head, jax.random.key(0), jnp.arange(512, dtype=jnp.int32)))
     ready = jax.eval_shape(lambda t, b: drafter.ready(t, b, jnp.dtype('bfloat16')), tree, base)

@@ -1,5 +1,6 @@
 """The drafter against the mixture written out word by word; in the loop: what it reads and what it must not change."""
 
+import dataclasses
 import functools
 
 import jax
@@ -116,6 +117,22 @@ def test_drafts_and_their_law(model, packed, case):
     *alone, row = run(ready, e[:1], pending[:1], keys[:1])
     assert [d.tokens[0].tolist() for d in alone] == [d.tokens[0].tolist() for d in (greedy, sampled)]
     np.testing.assert_allclose(row[0], rows[0], atol=1e-5)
+
+
+@pytest.mark.parametrize('components', (0, 1))
+def test_a_shorter_draft_is_the_start_of_the_whole(model, components):
+    """Factors that are left out are summed out: what is drafted before them, and its law, stay as they were."""
+    long, params = make(model[1], components, mode='lowrank_shared')
+    short = dataclasses.replace(long, drafts=1)
+    assert (long.block, short.block) == (3, 1)
+    target = PlainTarget(model[0])
+    state = loop.start(target, long, params, loop.prepare(target, PROMPTS, max_new_tokens=4))
+    draws = [jax.jit(lambda c, s, d=d: d.draft(params, c, s, jax.random.key(3), SAMPLED)[0])(state.cache, state.drafter)
+             for d in (long, short)]
+    assert np.array_equal(draws[0].tokens[:, :1], draws[1].tokens) and draws[1].tokens.shape == (4, 1)
+    np.testing.assert_allclose(draws[0].law.row(jnp.zeros(4, int)), draws[1].law.row(jnp.zeros(4, int)), atol=1e-6)
+    with pytest.raises(ConfigError, match='drafts'):
+        dataclasses.replace(long, drafts=4)
 
 
 LOOPS = {
