@@ -2,12 +2,12 @@
 
     headway-rehearse --config=configs/pod_tensorhead_llama31_8b.py --topology=v5e:4x4
     headway-train --distributed --config=configs/pod_tensorhead_llama31_8b.py --workdir=/mnt/share/head_llama31_8b \\
-        --config.task.kwargs.base=DIR --config.task.kwargs.model= --config.task.kwargs.overrides= \\
+        --config.task.kwargs.base=DIR --config.task.kwargs.model= \\
         --config.data.manual_dir=DIR --config.data.tokenizer=DIR                   # on every host; see docs/pods.md
 
 Rank 4 over 4 tokens, factors of inner rank 64, 16,384 words: 8.4 M parameters beside 8 B. The trunk runs forward only
-and keeps nothing for a backward pass; its matrices are split over every chip (FSDP). What the TPU compiler says of it is
-tabled in docs/tensorhead_cost.md.
+and keeps nothing for a backward pass; its matrices are split over every chip (FSDP). What the TPU compiler says of it:
+docs/tensorhead_cost.md.
 """
 
 from ml_collections import ConfigDict

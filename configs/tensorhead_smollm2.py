@@ -4,14 +4,15 @@
 
 makes the text (headway-generate, three files), trains
 
-    headway-train --config=configs/tensorhead_smollm2.py --config.data.manual_dir=out/text/smollm2 \
+    headway-train --config=configs/tensorhead_smollm2.py --config.data.manual_dir=out/text/smollm2 \\
                   --config.task.kwargs.head.rank=4 --workdir=out/tensorhead_smollm2_r4
 
 and writes zoo/tensorhead_smollm2_r4. The base runs over the text once and its hidden states are kept (bfloat16), so a
 step costs the head alone. Times and results: docs/tensorhead.md.
 Meant for two CPU cores: a draft vocabulary of 4096 words, 64 random positions of each row a step. `:gpu` has the whole
 recipe: 16,384 words, every position, longer. `:lora` adds adapters on the attention of the last 4 layers, which makes
-another base. `:pending` is a rank-1 head whose drafts read the pending token's embedding. `:tiny` trains the same head on a random model of 2 layers in seconds.
+another base. `:pending` is a rank-1 head whose drafts read the pending token's embedding. `:tiny` trains a small head with
+its trunk, from scratch, in seconds.
 """
 
 from configs import training
@@ -24,7 +25,8 @@ def get_config(variant: str = ''):
         'base': 'smollm2-135m', 'cached': True, 'positions': 64, 'chunk': 0,
         'loss': 'discounted', 'discount': 0.9, 'first': 1.0, 'balance': '', 'balance_coef': 0.01,
         'draft_ids': 'out/text/smollm2/ids.npy',  # scripts/draft_vocabulary.py
-        'head': {'horizon': 4, 'rank': 4, 'mode': 'lowrank_shared', 'inner_rank': 64, 'pending_size': 0, 'draft_vocab': 4096}})
+        'head': {'horizon': 4, 'rank': 4, 'mode': 'lowrank_shared', 'inner_rank': 64, 'pending_size': 0,
+                 'draft_vocab': 4096}})
     config.data.update({'dataset': 'selfgen', 'manual_dir': 'out/text/smollm2', 'tokenizer': 'smollm2-135m',
                         'seq_len': 256, 'batch_size': 16})
     config.optimizer.update({'learning_rate': 5e-3, 'warmup_steps': 40, 'weight_decay': 0.0})

@@ -1,9 +1,10 @@
 """CP heads on stories: on frozen stories-15m, or a small model trained from scratch together with its head.
 
-    headway-generate --model=stories-15m --batch_file=configs/prompts/stories.txt --samples_per_prompt=64 \
-                     --temperature=1 --max_new_tokens=224 --batch_size=64 --out=out/text/stories/stories.jsonl
-    headway-train --config=configs/tensorhead_stories.py --workdir=out/tensorhead_stories              # frozen base
-    headway-train --config=configs/tensorhead_stories.py:scratch --workdir=out/tensorhead_scratch      # the paper's setting
+    headway-generate --model=stories-15m --batch_file=configs/prompts/stories.txt --samples_per_prompt=6 \\
+                     --temperature=1 --max_new_tokens=200 --batch_size=100 --out=out/text/stories/stories.jsonl
+    python scripts/draft_vocabulary.py --config=configs/tensorhead_stories.py --out=out/text/stories/ids.npy
+    headway-train --config=configs/tensorhead_stories.py --workdir=out/tensorhead_stories           # frozen base
+    headway-train --config=configs/tensorhead_stories.py:scratch --workdir=out/tensorhead_scratch   # the paper's setting
 
 The paper (Basharin et al., 2024) trains a nanoGPT-shaped model of 56 M parameters on TinyStories with its head; `:scratch`
 is that at 1.6 M parameters and a vocabulary of 1024 byte pairs, on stories-15m's own text. Its target is the head's own

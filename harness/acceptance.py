@@ -2,8 +2,8 @@
 
     found = measure(loaded, ['tensorhead_smollm2_r4', 'prompt_lookup'], 'mt_bench', count=40)
 
-Accepted drafts are counted without the bonus token (m of m + 1 emitted), and trunk calls without the prompt's. The error
-is over prompts. What a round costs is `headway-compare`'s to say.
+Accepted drafts are counted without the bonus token (m of m + 1 emitted), and trunk calls without the prompt's. The
+error is over prompts. What a round costs is `headway-compare`'s to say.
 """
 
 from __future__ import annotations

@@ -76,7 +76,8 @@ def card_of(workdir: str) -> dict[str, Any]:
         raise FormatError(f'{workdir}: the run has measured nothing on held-out data yet')
     data = config['data']
     return {'base': config['task']['kwargs'].get('base') or 'trained with it', 'config': config,
-            'data': f'{data["dataset"]}/{data["split"]}, rows of {data["seq_len"]} tokens; held out: {data["eval_split"]}',
+            'data': f'{data["dataset"]}/{data["split"]}, rows of {data["seq_len"]} tokens; '
+                    f'held out: {data["eval_split"]}',
             'steps': held_out[-1]['step'], 'seed': config['seed'], 'command': run['command'], 'git': run['git'],
             'versions': run['versions'], 'device': run['device'],
             'metrics': {k: v for k, v in held_out[-1].items() if k not in ('kind', 'step')}}

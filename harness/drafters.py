@@ -38,8 +38,8 @@ def make(name: str, cfg: ModelConfig, arguments: list[str]) -> Drafter:
     Errors: RequestError for an unknown name or argument that is not name=integer; ConfigError for wrong ones.
     """
     if name not in SHORT and '.' not in name:
-        raise RequestError(f'unknown drafter {name!r}: one of {", ".join([*SHORT, *zoo.names()])}, a working directory, '
-                           'or a dotted path')
+        raise RequestError(f'unknown drafter {name!r}: one of {", ".join([*SHORT, *zoo.names()])}, '
+                           'a working directory, or a dotted path')
     given: dict[str, Any] = {'cfg': cfg}
     if name == 'early_exit':
         given['layer'] = max(1, 2 * cfg.num_layers // 3)  # untrained exits below that guess little

@@ -87,7 +87,7 @@ def _function_heads(folder: Path) -> Iterator[str]:
 
 
 def _first_messages(path: Path) -> Iterator[str]:
-    """What a person opened a conversation with. The file is one JSON list that was cut short: read as far as it goes."""
+    """What people opened conversations with. The file is a JSON list that was cut short: read as far as it goes."""
     text, decoder = path.read_text(encoding='utf-8'), json.JSONDecoder()
     at = text.index('[') + 1
     while True:

@@ -1,9 +1,9 @@
 """The ids a text uses most: the draft vocabulary of a head trained on it (docs/tensorhead.md).
 
-    python scripts/draft_vocabulary.py --config=configs/tensorhead_smollm2.py --size=4096 --out=out/text/smollm2/ids_4096.npy
+    python scripts/draft_vocabulary.py --config=configs/tensorhead_smollm2.py --size=4096 --out=out/ids.npy
 
-Counts the targets of the training split that the config's loss is taken on. Ids of equal count go by number, which in a
-byte-pair vocabulary is by frequency too. Writes int32 [size], ascending, and prints the share of held-out targets covered.
+Counts the targets of the training split that the config's loss is taken on. Ids of equal count go by number, which in
+a byte-pair vocabulary is by frequency too. Writes int32 [size], ascending, and prints the share of targets covered.
 """
 
 import sys

@@ -3,8 +3,8 @@
     python scripts/tensorhead_grid.py --out=out/tensorhead_grid.json
 
 A round is a draft and a verification of n tokens; both run inside jitted loops, by turns, medians over repeats. Random
-heads: what a product costs does not depend on its values. Acceptance comes from trained heads (harness.launch.acceptance).
-Prints a table and the share of a plain step that each round costs.
+heads: what a product costs does not depend on its values. Acceptance comes from trained heads
+(harness.launch.acceptance). Prints a table and the share of a plain step that each round costs.
 """
 
 import itertools

@@ -1,1 +1,1 @@
-"""TensorHead: a rank-r CP head over the next n tokens, drafting losslessly. Read config.py, head.py, cp.py, drafter.py."""
+"""TensorHead: a rank-r CP head over the next n tokens, drafting losslessly. Read config, head, cp, drafter."""

@@ -42,7 +42,8 @@ class TensorHeadConfig:
         if self.mode not in MODES:
             raise ConfigError(f'tensorhead.mode: unknown {self.mode!r}, one of {", ".join(MODES)}')
         if self.pending_size < 0 or self.pending_size and self.mode == 'full':
-            raise ConfigError(f'tensorhead.pending_size must be at least 0, and 0 in mode full, got {self.pending_size}')
+            raise ConfigError('tensorhead.pending_size must be at least 0, and 0 in mode full, '
+                              f'got {self.pending_size}')
         if not 0 <= self.draft_vocab <= self.vocab_size:
             raise ConfigError(f'tensorhead.draft_vocab must be in 0..{self.vocab_size}, got {self.draft_vocab}')
 

@@ -132,7 +132,8 @@ class TensorHeadDrafter:
     def _mixture(self, head: dict, e: Array, start: Array, pending: Array) -> tuple[Array, Array]:
         """e [B, d], pending [B] -> weights given the pending token [B, c], log p of the K drafts [B, K, c, W].
 
-        start [B, d]: what factors 2..n begin from: e, or e with the pending token read into it. All components: one product with the vocabulary. Some of them: one to choose them by, one for the rest.
+        start [B, d]: what factors 2..n begin from: e, or e with the pending token read into it. All components: one
+        product with the vocabulary. Some of them: one to choose them by, one for the rest.
         """
         cfg, count = self.cfg, self.components or self.cfg.rank
         log_w = packing.log_weights(head, e)

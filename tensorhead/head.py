@@ -90,8 +90,8 @@ def read_pending(head: dict, e: Array, embedding: Array) -> Array:
 
 
 def factors(cfg: TensorHeadConfig, head: dict, e: Array, x_1: Array | None = None) -> Factors:
-    """The mixture at hidden states e [..., d] (after the final norm). x_1 [..., d]: embedding of the token that follows,
-    where the head reads it.
+    """The mixture at hidden states e [..., d] (after the final norm). x_1 [..., d]: embedding of the token that
+    follows, where the head reads it.
 
     h is in e's dtype; products are accumulated and log_w is taken in at least float32.
     """

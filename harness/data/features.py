@@ -55,7 +55,7 @@ def cached(rows: Rows, features: Callable[[Any, Mapping[str, jax.Array]], dict[s
     fingerprint = once.digest(key)
     folder = rows.folder.parent.parent / 'features' / f'{rows.folder.name.rpartition("-")[0]}-{fingerprint[:16]}'
     run = jax.jit(lambda base, batch: {k: v.astype(jnp.bfloat16) for k, v in features(base, batch).items()})
-    matrices = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.ndim > 2 else a, base['layers'])  # stacked: [L, .., ..]
+    matrices = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.ndim > 2 else a, base['layers'])  # stacked
     base, size = {**base, 'layers': matrices}, max(1, batch_size // 2)
 
     def make(temporary: Path) -> dict[str, Any]:

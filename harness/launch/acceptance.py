@@ -1,6 +1,6 @@
 """Accepted drafts a round of several drafters on real prompts, as lines and as JSON; docs/tensorhead.md.
 
-    python -m harness.launch.acceptance --drafters=tensorhead_smollm2_r1,tensorhead_smollm2_r4 --sets=mt_bench,humaneval \
+    python -m harness.launch.acceptance --drafters=tensorhead_smollm2_r1,prompt_lookup --sets=mt_bench,humaneval \\
         --temperatures=0,0.8 --count=40 --out=out/acceptance.json
 
 A drafter's arguments stand behind it: early_exit:layer=28;block=1.

@@ -1,6 +1,6 @@
 """Makes what a run trained an artefact of the zoo: weights, and a card that says what they are and how to make them.
 
-    python -m harness.launch.artefact --workdir=out/tensorhead_smollm2_r4 --name=tensorhead_smollm2_r4 \
+    python -m harness.launch.artefact --workdir=out/tensorhead_smollm2_r4 --name=tensorhead_smollm2_r4 \\
         --int8='factors/(down|up|kernel)' --measured=out/acceptance.json
 """
 

@@ -95,8 +95,8 @@ def test_kept_hidden_states_are_those_of_the_base(config, workdir):
         assert sorted(path.name for path in (rows.folder.parent.parent / 'features').iterdir()) == before, 'made again'
         batch = kept.batch(range(8))
         run = dataclasses.replace(plan.task, cached=False)
-        gradient = jax.jit(jax.grad(lambda head, task_batch, task: task.loss(
-            plan.tree(state) | {'tensorhead': head}, task_batch, jax.random.key(1))[0], allow_int=True), static_argnums=2)
+        loss = lambda head, batch, task: task.loss(plan.tree(state) | {'tensorhead': head}, batch, jax.random.key(1))[0]
+        gradient = jax.jit(jax.grad(loss, allow_int=True), static_argnums=2)
         head = plan.tree(state)['tensorhead']
         ours, theirs = gradient(head, batch, plan.task), gradient(head, batch, run)
         wrong = gradient(head, batch | {'hidden': np.roll(batch['hidden'], 1, axis=1)}, plan.task)
@@ -233,7 +233,7 @@ def test_a_wrong_field_is_named(changes, named):
         small(**changes)
 
 
-@pytest.mark.parametrize('ids', (np.arange(3), np.array([0, 5, 5, 6]), np.array([0, 1, 2, 9]), np.array([[0, 1, 2, 3]])))
+@pytest.mark.parametrize('ids', (np.arange(3), np.array([0, 5, 5, 6]), np.array([0, 1, 2, 9]), np.zeros((1, 4))))
 def test_a_wrong_draft_vocabulary_is_refused(tmp_path, ids):
     np.save(tmp_path / 'ids.npy', ids)
     with pytest.raises(ConfigError, match='ids.npy'):
@@ -246,7 +246,7 @@ def test_a_draft_vocabulary_that_is_not_there_is_named(tmp_path):
 
 
 def test_factors_that_read_the_pending_token_draft_what_they_were_trained_for(batch, base):
-    """The drafter's law of each draft is the loss's conditional; another pending token gives another; and it decodes."""
+    """The drafter's law of a draft is the loss's conditional; another pending token gives another; it decodes."""
     cfg, params = base[1], {'base': jax.tree.map(jnp.asarray, base[2])}
     head_cfg = TensorHeadConfig(32, 257, 3, 2, inner_rank=4, pending_size=8)
     params['tensorhead'] = heads.init(head_cfg, jax.random.key(1))
