@@ -11,8 +11,8 @@ and writes zoo/tensorhead_smollm2_r4. The base runs over the text once and its h
 step costs the head alone. Times and results: docs/tensorhead.md.
 Meant for two CPU cores: a draft vocabulary of 4096 words, 64 random positions of each row a step. `:gpu` has the whole
 recipe: 16,384 words, every position, longer. `:lora` adds adapters on the attention of the last 4 layers, which makes
-another base. `:pending` is a rank-1 head whose drafts read the pending token's embedding. `:tiny` trains a small head with
-its trunk, from scratch, in seconds.
+another base. `:pending` is a rank-1 head whose drafts read the pending token's embedding. `:tiny` trains a small head
+with its trunk, from scratch, in seconds.
 """
 
 from configs import training

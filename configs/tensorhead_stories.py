@@ -3,12 +3,13 @@
     headway-generate --model=stories-15m --batch_file=configs/prompts/stories.txt --samples_per_prompt=6 \\
                      --temperature=1 --max_new_tokens=200 --batch_size=100 --out=out/text/stories/stories.jsonl
     python scripts/draft_vocabulary.py --config=configs/tensorhead_stories.py --out=out/text/stories/ids.npy
-    headway-train --config=configs/tensorhead_stories.py --workdir=out/tensorhead_stories           # frozen base
-    headway-train --config=configs/tensorhead_stories.py:scratch --workdir=out/tensorhead_scratch   # the paper's setting
+    headway-train --config=configs/tensorhead_stories.py --workdir=out/head_stories           # frozen base
+    headway-train --config=configs/tensorhead_stories.py:scratch --workdir=out/head_scratch   # the paper's setting
 
-The paper (Basharin et al., 2024) trains a nanoGPT-shaped model of 56 M parameters on TinyStories with its head; `:scratch`
-is that at 1.6 M parameters and a vocabulary of 1024 byte pairs, on stories-15m's own text. Its target is the head's own
-next-token law (`tensorhead.marginal.MarginalTarget`). Set `--config.task.kwargs.head.rank=1` for independent heads.
+The paper (Basharin et al., 2024) trains a nanoGPT-shaped model of 56 M parameters on TinyStories with its head;
+`:scratch` is that at 1.6 M parameters and a vocabulary of 1024 byte pairs, on stories-15m's own text. Its target is
+the head's own next-token law (`tensorhead.marginal.MarginalTarget`). Set `--config.task.kwargs.head.rank=1` for
+independent heads.
 """
 
 from configs import training
