@@ -82,9 +82,12 @@ $(TEXT)/ids.npy: | $(READY)
 out/tensorhead_smollm2_r%/finished: $(TEXT)/ids.npy
 	$(PY) -m harness.launch.train $(HEAD) --config.task.kwargs.head.rank=$* --workdir=out/tensorhead_smollm2_r$*
 
-zoo-tensorhead_smollm2_r%: out/tensorhead_smollm2_r%/finished
-	$(PY) -m harness.launch.artefact --workdir=out/tensorhead_smollm2_r$* --name=tensorhead_smollm2_r$* \
-	    --int8='factors/(down|up)' --overwrite
+out/tensorhead_smollm2_pending/finished: $(TEXT)/ids.npy
+	$(PY) -m harness.launch.train $(HEAD):pending --workdir=out/tensorhead_smollm2_pending
+
+zoo-tensorhead_smollm2_%: out/tensorhead_smollm2_%/finished
+	$(PY) -m harness.launch.artefact --workdir=out/tensorhead_smollm2_$* --name=tensorhead_smollm2_$* \
+	    --int8='(factors|pending)/(down|up|from_e|from_x)' --overwrite
 
 clean:
 	rm -rf $(VENV) .venv-peers out

@@ -1,11 +1,12 @@
-"""Plain decoding, prompt lookup and untrained early exit, side by side on SmolLM2-135M.
+"""Plain decoding, prompt lookup, untrained early exit and the trained heads of the zoo, side by side on SmolLM2-135M.
 
     make compare
     headway-compare --config=configs/compare.py --workdir=out/compare
 
-Prints the table and one verdict a row; writes results.json, report.html and PNGs to the workdir. Under 5 minutes on two
+Prints the table and one verdict a row; writes results.json, report.html and PNGs to the workdir. Under 8 minutes on two
 cores once the model is there (the first run also compiles; a second takes about half). Any key can be set:
 `--config.max_new_tokens=128 --config.methods.prompt_lookup.kwargs.block=5 --config.price_per_hour=0.4`.
+`--config.prompts.source=humaneval --config.prompts.max_tokens=128` decodes code instead of answers.
 `--config=configs/compare.py:tiny` runs the same on a random model of 2 layers in under a minute.
 """
 
@@ -46,11 +47,17 @@ def get_config(variant: str = '') -> ConfigDict:
             'prompt_lookup': method('harness.baselines.PromptLookup', block=3, max_ngram=3),
             # Untrained exits agree with the last layer too rarely to pay at any depth; this one loses least.
             'early_exit': method('harness.baselines.EarlyExit', layer=28, block=1),
+            # Trained heads of the zoo (docs/tensorhead.md). Few of their later drafts are kept: short ones lose least.
+            'medusa_heads': method(artefact='tensorhead_smollm2_r1', drafts=1),
+            'tensorhead_r8': method(artefact='tensorhead_smollm2_r8', drafts=1),
+            'tensorhead_pending': method(artefact='tensorhead_smollm2_pending', drafts=2),
         },
     })
     if variant == 'tiny':
         make_tiny(config)
         config.methods.early_exit.kwargs.layer = 1
+        for name in [name for name, spec in config.methods.items() if spec.artefact]:  # of another base
+            del config.methods[name]
     elif variant:
         raise ValueError(f'unknown variant {variant!r}, known: tiny')
     return config

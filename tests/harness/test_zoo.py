@@ -113,3 +113,26 @@ def test_the_zoo_of_this_repository():
     for name in zoo.names():
         zoo.load(name, json.loads((zoo.ROOT / name / zoo.CARD).read_text())['base_hash'])
     assert {path.name for path in zoo.ROOT.iterdir() if path.is_dir()} == set(zoo.names())
+
+
+def test_what_is_in_the_zoo():
+    """Every artefact is whole, small enough, and says what it was trained on and how well it does."""
+    names = zoo.names()
+    assert {f'tensorhead_smollm2_r{r}' for r in (1, 4, 8)} <= set(names)
+    total = sum(path.stat().st_size for path in zoo.ROOT.rglob('*') if path.is_file())
+    assert total <= zoo.MAX_TOTAL_BYTES
+    for name in names:
+        card = json.loads((zoo.ROOT / name / zoo.CARD).read_text())
+        params, _ = zoo.load(name, card['base_hash'])  # checks size and hash
+        assert card['base'] == 'smollm2-135m' and card['drafter']['params'] and params
+        assert card['metrics']['acceptance'], 'measured on held-out prompts'
+        assert not any(word in json.dumps(card) for word in ('/tmp/', '/root', '/home')), 'a path of some machine'
+
+
+def test_more_components_give_a_lower_joint_loss_and_the_same_next_token():
+    """What the method claims, of the trained heads themselves, same base and steps."""
+    cards = {r: json.loads((zoo.ROOT / f'tensorhead_smollm2_r{r}' / zoo.CARD).read_text()) for r in (1, 4, 8)}
+    assert len({card['base_hash'] for card in cards.values()}) == len({card['steps'] for card in cards.values()}) == 1
+    joint, first = ([card['metrics'][key] for card in cards.values()] for key in ('joint_nll', 'nll_1'))
+    assert joint[0] > joint[1] > joint[2]
+    assert max(first) - min(first) < 0.1 * min(first)
