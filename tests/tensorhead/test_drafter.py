@@ -129,7 +129,9 @@ def test_a_shorter_draft_is_the_start_of_the_whole(model, components):
     state = loop.start(target, long, params, loop.prepare(target, PROMPTS, max_new_tokens=4))
     draws = [jax.jit(lambda c, s, d=d: d.draft(params, c, s, jax.random.key(3), SAMPLED)[0])(state.cache, state.drafter)
              for d in (long, short)]
-    assert np.array_equal(draws[0].tokens[:, :1], draws[1].tokens) and draws[1].tokens.shape == (4, 1)
+    assert draws[1].tokens.shape == (4, 1)
+    if components != 1:  # one component draws all positions by one key, so their number moves the draws, not the law
+        assert np.array_equal(draws[0].tokens[:, :1], draws[1].tokens)
     np.testing.assert_allclose(draws[0].law.row(jnp.zeros(4, int)), draws[1].law.row(jnp.zeros(4, int)), atol=1e-6)
     with pytest.raises(ConfigError, match='drafts'):
         dataclasses.replace(long, drafts=4)

@@ -67,7 +67,8 @@ def test_emitted_is_the_bases_law(case):
 
 
 def mixture(drafter, params, cache, state):
-    return drafter._mixture(drafter.ready(params['tensorhead'], params['base']), state['e'], cache.pending)
+    head, e = drafter.ready(params['tensorhead'], params['base']), state['e']
+    return drafter._mixture(head, e, e, cache.pending)
 
 
 def with_marginals(static, params, cache, state, forced):
