@@ -284,7 +284,8 @@ def test_spread_is_numpys():
 def test_every_config_builds(name, variant, monkeypatch):
     def from_card(artefact, cfg, base_hash, arguments):  # the drafter alone: no base is loaded here
         spec = json.loads((zoo.ROOT / artefact / zoo.CARD).read_text())['drafter']
-        return components.build(spec['factory'], spec['kwargs'] | dict(arguments), {'cfg': cfg}, artefact), lambda *_: {}
+        made = components.build(spec['factory'], spec['kwargs'] | dict(arguments), {'cfg': cfg}, artefact)
+        return made, lambda *_: {}
 
     monkeypatch.setattr(artefacts, 'find', from_card)
     module = importlib.import_module(f'configs.{name}')
