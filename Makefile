@@ -85,9 +85,13 @@ out/tensorhead_smollm2_r%/finished: $(TEXT)/ids.npy
 out/tensorhead_smollm2_pending/finished: $(TEXT)/ids.npy
 	$(PY) -m harness.launch.train $(HEAD):pending --workdir=out/tensorhead_smollm2_pending
 
+# Written, measured as it lies there, and written again with what was measured in its card.
+ARTEFACT := $(PY) -m harness.launch.artefact --int8='(factors|pending)/(down|up|from_e|from_x)' --overwrite
 zoo-tensorhead_smollm2_%: out/tensorhead_smollm2_%/finished
-	$(PY) -m harness.launch.artefact --workdir=out/tensorhead_smollm2_$* --name=tensorhead_smollm2_$* \
-	    --int8='(factors|pending)/(down|up|from_e|from_x)' --overwrite
+	$(ARTEFACT) --workdir=out/tensorhead_smollm2_$* --name=tensorhead_smollm2_$*
+	$(PY) -m harness.launch.acceptance --drafters=tensorhead_smollm2_$* --sets=mt_bench,humaneval --temperatures=0,0.8 \
+	    --count=24 --max_new_tokens=64 --dtype=bfloat16 --out=out/acceptance_$*.json
+	$(ARTEFACT) --workdir=out/tensorhead_smollm2_$* --name=tensorhead_smollm2_$* --measured=out/acceptance_$*.json
 
 clean:
 	rm -rf $(VENV) .venv-peers out

@@ -105,7 +105,7 @@ class Trainer:
         stack.callback(self.checkpoints.close)
         self.state, self.first = self._begin()
         if getattr(task, 'cached', False):
-            self.rows, self.eval_rows = (self._with_features(rows) for rows in (self.rows, self.eval_rows))
+            self.rows, self.eval_rows = self._with_features(self.rows, self.eval_rows)
         if leader:
             cut(folder / SAMPLES, self.first)
         self.metrics = Metrics(folder, self.first, enabled=leader)
@@ -145,14 +145,15 @@ class Trainer:
         self.say(f'continuing after step {step} of {self.config.num_steps}')
         return state, step
 
-    def _with_features(self, rows: Any) -> Any:
-        """The rows with what the frozen base makes of them, so that no step runs it again."""
+    def _with_features(self, *splits: Any) -> list[Any]:
+        """The rows of each split with what the frozen base makes of them, so that no step runs it again."""
         if jax.process_count() > 1:
             raise ConfigError('cached features are for one process: set task.kwargs.cached to False')
         task, base = self.plan.task, self.plan.tree(self.state)['base']
         leaves = {path: a for path, a in self.state.frozen.items() if path.startswith('base/')}
         digest = params_hash(jax.tree.map(np.asarray, leaves))
-        return data.cached(rows, task.features, base, digest, task.feature_name, self.config.data.batch_size)
+        return [data.cached(rows, task.features, base, digest, task.feature_name, self.config.data.batch_size)
+                for rows in splits]
 
     def save(self, step: int) -> None:
         self.metrics.flush()

@@ -98,7 +98,7 @@ def plan(config: Any, mesh: Mesh | None = None, task: Any = None, load: bool = T
     shape = (rows, config.data.seq_len)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=by_row) for name, dtype in BATCH_KEYS.items()}
     if getattr(task, 'cached', False):  # harness/data/features.py
-        base = unflatten({path: a for path, a in (abstract.params | abstract.frozen).items()})['base']
+        base = unflatten(abstract.params | abstract.frozen)['base']
         batch |= {name: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=by_row)
                   for name, a in jax.eval_shape(task.features, base, batch).items()}
     everywhere, dtype = NamedSharding(mesh, P()), jnp.dtype(config.compute_dtype)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from backbone.config import ModelConfig
 from backbone.errors import ConfigError
 
 MODES = ('full', 'linear_shared', 'lowrank_shared', 'medusa_shared')
@@ -51,6 +52,13 @@ class TensorHeadConfig:
     def words(self) -> int:
         """W: the words drafts are made of."""
         return self.draft_vocab or self.vocab_size
+
+    def check_base(self, cfg: ModelConfig) -> None:
+        """Errors: ConfigError where the head was made for a base of another shape."""
+        for name in ('hidden_size', 'vocab_size'):
+            ours, theirs = getattr(self, name), getattr(cfg, name)
+            if ours != theirs:
+                raise ConfigError(f'tensorhead.{name} {ours} is not the {theirs} of the base')
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> TensorHeadConfig:

@@ -170,7 +170,5 @@ def build(cfg: ModelConfig, head: Mapping[str, Any], components: int = 0, drafts
     """
     sizes = {'hidden_size': cfg.hidden_size, 'vocab_size': cfg.vocab_size}
     made = TensorHeadConfig.from_dict(sizes | dict(head))
-    if (made.hidden_size, made.vocab_size) != (cfg.hidden_size, cfg.vocab_size):
-        raise ConfigError(f'the head is for hidden size {made.hidden_size} and {made.vocab_size} words, '
-                          f'the base has {cfg.hidden_size} and {cfg.vocab_size}')
+    made.check_base(cfg)
     return TensorHeadDrafter(made, components, drafts)

@@ -38,10 +38,7 @@ class MarginalTarget:
         if self.head.draft_vocab:
             raise ConfigError('a marginal target speaks the whole vocabulary: tensorhead.draft_vocab must be 0, '
                               f'got {self.head.draft_vocab}')
-        for name in ('hidden_size', 'vocab_size'):
-            if getattr(self.head, name) != getattr(self.cfg, name):
-                raise ConfigError(f'tensorhead.{name} {getattr(self.head, name)} is not the '
-                                  f'{getattr(self.cfg, name)} of the base')
+        self.head.check_base(self.cfg)
 
     @property
     def vocab_size(self) -> int:

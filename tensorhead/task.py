@@ -23,8 +23,8 @@ from backbone.language_model import layer_for_training
 from backbone.mesh import constrain
 from backbone.model import PlainTarget, hidden_states, init_params, unembed
 from backbone.presets import preset
+from tensorhead import cp, losses
 from tensorhead import head as heads
-from tensorhead import losses
 from tensorhead.config import TensorHeadConfig
 from tensorhead.marginal import MarginalTarget
 
@@ -76,9 +76,7 @@ class HeadTask:
         for name, value, known in (('loss', self.loss_kind, LOSSES), ('balance', self.balance, BALANCE)):
             if value not in known:
                 raise ConfigError(f'task.kwargs.{name}: unknown {value!r}, one of {", ".join(map(repr, known))}')
-        if (self.head.hidden_size, self.head.vocab_size) != (self.cfg.hidden_size, self.cfg.vocab_size):
-            raise ConfigError(f'the head is for hidden size {self.head.hidden_size} and {self.head.vocab_size} words, '
-                              f'the base has {self.cfg.hidden_size} and {self.cfg.vocab_size}')
+        self.head.check_base(self.cfg)
         if self.cached and (not self.frozen_unembedding or self.lora_rank):
             raise ConfigError('task.kwargs.cached: hidden states are kept of a frozen base without adapters only')
         if not 0 < self.discount <= 1 or self.first < 0:
@@ -170,7 +168,7 @@ class HeadTask:
         loss = losses.discounted_nll(log_w, logp, weight, self.weights_of_factors())
         if self.loss_kind == 'distill':
             loss = (1 - self.beta) * loss + self.beta * self.divergence(
-                base, head, factors, unembedding, whole[0], at, logp, index, valid, weight)
+                head, factors, unembedding, whole[0], at, logp, index, valid, weight)
         if self.balance:
             loss = loss + self.balance_coef * losses.balance(log_w, weight, self.balance)
         metrics = self.metrics(log_w, logp, valid, weight)
@@ -199,7 +197,7 @@ class HeadTask:
         pick = jax.vmap(lambda row, i: row[i])
         return tuple(pick(a, at) for a in (hidden, future, valid, weight)) + (at,)
 
-    def divergence(self, base, head, factors, unembedding, hidden, at, logp, index, valid, weight) -> Array:
+    def divergence(self, head, factors, unembedding, hidden, at, logp, index, valid, weight) -> Array:
         """Discounted KL from the base's own law of each token of the window to the head's conditional of it."""
         later = jnp.minimum(at[..., None] + jnp.arange(self.head.horizon), hidden.shape[1] - 1)
         teacher = jax.vmap(lambda row, i: row[i])(hidden, later)  # [B, P, n, d]: what the base knew at each of them
@@ -208,12 +206,12 @@ class HeadTask:
                   self.weights_of_factors(), self.chunk)
 
     def metrics(self, log_w: Array, logp: Array, valid: Array, weight: Array) -> dict[str, Array]:
-        """joint_nll and next_nll over whole windows (nats), the conditional NLL of each factor, and component usage."""
+        """joint_nll over whole windows, nll_s of each factor given those before it (nats), and component usage."""
         log_w, logp = jax.lax.stop_gradient((log_w, logp))
         whole = weight * valid.all(-1)
-        pre = log_w[..., None, :] + jnp.cumsum(logp, axis=-2)  # [B, P, n, r]
-        ahead = jax.nn.logsumexp(pre, axis=-1)
-        nll = -jnp.diff(ahead, axis=-1, prepend=0)
+        pre = cp.prefix_log(log_w, logp)
+        ahead = cp.log_prefix(pre)
+        nll = -jnp.diff(ahead, axis=-1)
         found = {f'nll_{s + 1}': _mean(nll[..., s], weight * valid[..., s]) for s in range(self.head.horizon)}
         found['joint_nll'] = _mean(-ahead[..., -1], whole)
         found['whole_windows'] = _mean(valid.all(-1), weight)

@@ -274,7 +274,7 @@ def test_what_does_not_fit_is_named(model):
         MarginalTarget(cfg, TensorHeadConfig(D, V, draft_vocab=7))
     with pytest.raises(ConfigError, match='hidden_size 8 is not the 16'):
         MarginalTarget(cfg, TensorHeadConfig(8, V))
-    with pytest.raises(ConfigError, match='hidden size 8'):
+    with pytest.raises(ConfigError, match='hidden_size 8 is not the 16'):
         build(cfg, {'hidden_size': 8})
     with pytest.raises(ConfigError, match='unknown ranks'):
         build(cfg, {'ranks': 8})

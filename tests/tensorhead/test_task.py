@@ -227,7 +227,8 @@ def test_adapters_train_with_the_head_and_make_another_base(batch, base):
 @pytest.mark.parametrize(('changes', 'named'), (
     ({'loss': 'magic'}, 'magic'), ({'balance': 'magic'}, 'magic'), ({'cached': True}, 'cached'),
     ({'discount': 0.0}, 'discount'), ({'rank': 3}, 'rank'), ({'head': {'mode': 'magic'}}, 'magic'),
-    ({'head': {'rang': 3}}, 'rang'), ({'head': {'hidden_size': 5}}, 'hidden size 5'), ({'base': 'x'}, 'either')))
+    ({'head': {'rang': 3}}, 'rang'), ({'head': {'hidden_size': 5}}, 'hidden_size 5 is not the 32'),
+    ({'base': 'x'}, 'either')))
 def test_a_wrong_field_is_named(changes, named):
     with pytest.raises(ConfigError, match=named):
         small(**changes)
