@@ -32,6 +32,17 @@ class KVState:
 
 
 @struct.dataclass
+class WindowState:
+    """Keys and values of the latest positions, [B, KH, C, hd] or stacked: position j lies in slot j mod C.
+
+    A query that sees w positions needs C >= w + K: K rejected tokens of a block overwrite only what is out of sight.
+    """
+
+    k: Array
+    v: Array
+
+
+@struct.dataclass
 class Cache:
     """pos [B]: tokens run so far. tokens [B, C+1]: ids by slot, where tokens[b, pos[b]] is pending:
     chosen, not yet run. layers: one state for a stacked model, a tuple of states for an unstacked one.
@@ -77,6 +88,23 @@ def _put(buffer: Array, new: Array, pos: Array, native: bool) -> Array:
 def _scatter(buffer: Array, new: Array, pos: Array) -> Array:
     rows, slots = _block_index(pos, new.shape[1])
     return buffer.at[rows, :, slots].set(new.astype(buffer.dtype), mode='drop')
+
+
+def window_positions(state: WindowState, pos: Array) -> Array:
+    """[B, C]: the position each slot of the ring holds before pos [B], negative where it holds none yet."""
+    last = pos[:, None] - 1
+    return last - (last - jnp.arange(state.k.shape[-2])) % state.k.shape[-2]
+
+
+def write_window(state: WindowState, k: Array, v: Array, pos: Array, last: Array) -> WindowState:
+    """Writes a block's k, v [B, S, KH, hd] at positions pos[b]..; what lies past position last[b] is padding, and what
+    would be overwritten by a later token of the same block is not written."""
+    capacity = state.k.shape[-2]
+    rows, at = _block_index(pos, k.shape[1])
+    kept = (at <= last[:, None]) & (at > last[:, None] - capacity)
+    slots = jnp.where(kept, at % capacity, capacity)  # past the end: dropped
+    put = lambda buffer, new: buffer.at[rows, :, slots].set(new.astype(buffer.dtype), mode='drop')
+    return WindowState(put(state.k, k), put(state.v, v))
 
 
 def write_tokens(cache: Cache, tokens: Array) -> Cache:

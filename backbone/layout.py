@@ -29,7 +29,7 @@ def pack(params: dict, dtype: Any = jnp.float32, native: bool | None = None) -> 
     packed = {k: v for k, v in params.items() if k != 'layers'} | {'layers': tuple(layers)}
     packed = jax.tree.map(lambda a: jnp.asarray(a, dtype if a.ndim > 1 else jnp.float32), packed)
     if native:
-        packed = _transpose(packed)
+        packed = transpose(packed)
         if 'lm_head' not in packed:  # tied: the table already is [out, in], and is shared
             packed['lm_head'] = {'kernel_t': packed['embed']['tokens']}
     return packed
@@ -47,10 +47,10 @@ def _join(parts: list[dict]) -> dict:
     return {name: jnp.concatenate([jnp.asarray(p[name]) for p in parts], axis=-1) for name in parts[0]}
 
 
-def _transpose(tree: Any) -> Any:
-    """Every {'kernel': [in, out]} as {'kernel_t': [out, in]}."""
+def transpose(tree: Any) -> Any:
+    """The same tree with every {'kernel': [in, out]} as {'kernel_t': [out, in]}."""
     if isinstance(tree, tuple):
-        return tuple(_transpose(t) for t in tree)
+        return tuple(transpose(t) for t in tree)
     if not isinstance(tree, dict):
         return tree
-    return {'kernel_t' if k == 'kernel' else k: v.T if k == 'kernel' else _transpose(v) for k, v in tree.items()}
+    return {'kernel_t' if k == 'kernel' else k: v.T if k == 'kernel' else transpose(v) for k, v in tree.items()}

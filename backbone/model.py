@@ -198,16 +198,23 @@ def hidden_states(cfg: ModelConfig, params: dict, tokens: Array, *, segments: Ar
     segments [B, S]: document ids; a token attends within its own document. positions [B, S]: default 0..S-1.
     attention, query_chunk: see layers.Context.
     """
-    batch, size = tokens.shape
+    ctx = sequence_context(cfg, tokens.shape, segments, positions, attention, query_chunk)
+    x = embed(cfg, params, tokens, ctx.positions)
+    x, _, _ = run_layers(cfg, params, x, None, ctx, layer_fn=layer_fn, extra=extra)
+    return finish(cfg, params, x)
+
+
+def sequence_context(cfg: ModelConfig, shape: tuple[int, int], segments: Array | None = None,
+                     positions: Array | None = None, attention: str = 'dense', query_chunk: int = 0) -> Context:
+    """Context of whole sequences of `shape` [B, S]; arguments as in `hidden_states`."""
+    batch, size = shape
     ctx = make_context(cfg, jnp.zeros((batch,), jnp.int32), size, size)
     ctx = ctx.replace(attention=attention, query_chunk=query_chunk)
     if positions is not None:
         ctx = ctx.replace(positions=positions, rope=make_rope(cfg, positions))
     if segments is not None:
         ctx = ctx.replace(mask=ctx.mask & (segments[:, :, None] == segments[:, None, :]))
-    x = embed(cfg, params, tokens, ctx.positions)
-    x, _, _ = run_layers(cfg, params, x, None, ctx, layer_fn=layer_fn, extra=extra)
-    return finish(cfg, params, x)
+    return ctx
 
 
 def forward(cfg: ModelConfig, params: dict, tokens: Array, **options: Any) -> Array:

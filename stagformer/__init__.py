@@ -1,0 +1,1 @@
+"""StagFormer: stacks of layers that read one another a token late, so that all of them run at once."""
