@@ -14,22 +14,24 @@ from ml_collections import ConfigDict
 
 
 def method(drafter='', mode='lossless', target='backbone.model.PlainTarget', target_kwargs=None, params='', artefact='',
-           **kwargs):
+           model='', **kwargs):
     """A row: dotted paths of its drafter and target with their arguments.
 
     Arguments called cfg, stacked and cache_dtype are filled in for factories that take them and need not be given.
     params: dotted path of a function (cfg, base, dtype) -> {'<method>': parameters}, where the drafter has any.
     artefact: instead of a drafter, what was trained: a name of the zoo, or the working directory of a run.
+    model: a model of its own, of the same tokenizer: a name of the zoo, a working directory, a file. What decodes it
+    takes target_kwargs; without a drafter it is decoded plainly.
     """
     return ConfigDict({'drafter': drafter, 'kwargs': kwargs, 'target': target, 'target_kwargs': target_kwargs or {},
-                       'params': params, 'artefact': artefact, 'mode': mode})
+                       'params': params, 'artefact': artefact, 'model': model, 'mode': mode})
 
 
 def get_config(variant: str = '') -> ConfigDict:
     config = ConfigDict({
         'model': 'smollm2-135m',  # catalogue key or path; 'random' builds random_model
         'random_model': {},
-        'prompts': {'source': 'mt_bench', 'count': 4, 'min_tokens': 33, 'max_tokens': 64},  # 'vicuna', 'random'
+        'prompts': {'source': 'mt_bench', 'count': 4, 'min_tokens': 33, 'max_tokens': 64},  # 'vicuna', 'random', a file
         'max_new_tokens': 48,
         'seed': 0,
         'repeats': 5,
@@ -41,6 +43,7 @@ def get_config(variant: str = '') -> ConfigDict:
         'curve': (1, 2, 4, 8, 16),
         'time_parts': True,  # draft and verification by themselves, for the break-even
         'floor_buffer_bytes': 256 << 20,  # the bandwidth is measured on no less: larger than the caches
+        'quality': {'task': '', 'limit': 32},  # ppl:TEXT of every model that is decoded, over so many windows; '': not
         'price_per_hour': 0.10,  # USD for the whole machine: an assumption (2 cloud vCPUs), set your own
         'methods': {
             'plain': method('harness.baselines.Autoregressive'),

@@ -14,10 +14,8 @@ from typing import Any
 import numpy as np
 
 from backbone.formats.tensors import Loaded
-from backbone.layout import pack
-from backbone.model import PlainTarget
 from backbone.sampling import GREEDY, Sampling
-from harness import decode, drafters
+from harness import decode, drafters, models
 from harness.prompts import questions
 from harness.rows import by_position
 
@@ -32,16 +30,14 @@ def measure(loaded: Loaded, names: Sequence[str], source: str, *, count: int, ma
     drafter; sampled, each draws its own.
     Errors: ConfigError where too few questions fit; those of drafters.load.
     """
-    base = pack(loaded.params, dtype)
-    target = PlainTarget(loaded.config, dtype, stacked=False)
+    target, packed = models.target(loaded, dtype)
     prompts = [prompt.ids for prompt in questions(source, count, loaded.tokenizer, max_tokens=max_tokens)]
     prompts.sort(key=len)  # like lengths share a compiled program
     rows = []
     for name in names:
         plain_name, _, arguments = name.partition(':')
-        drafter, ready = drafters.load(plain_name, loaded.config, loaded.base_hash, arguments.split(',') if arguments
-                                       else [])
-        params = {'base': base} | ready(base, dtype)
+        drafter, ready = drafters.load(plain_name, loaded, arguments.split(',') if arguments else [])
+        params = packed | ready(packed['base'], dtype)
         accepted = drafted = 0
         kept, rounds, tokens = [], [], []
         for first in range(0, len(prompts), batch_size):

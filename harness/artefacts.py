@@ -10,6 +10,13 @@ The task that trained it says what drafts with it, by dotted paths, and the card
 
 and such a drafter has `ready(that part, packed base, dtype) -> the same for decoding`. The harness so needs to know no
 method.
+
+What a run trains may instead be a model, plain or with Task.decodes() (harness/models.py). Its card has
+
+    'model': {'decodes': Task.decodes() or None, 'config': ModelConfig,
+              'tokenizer': 'bytes', or 'tokenizer', the folder that holds it}
+
+and `models.load(name)` gives it. int8 makes it another model than the run's: `base_hash` is that of the artefact.
 """
 
 from __future__ import annotations
@@ -20,14 +27,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 
 from backbone.config import ModelConfig
 from backbone.contract import Drafter
 from backbone.errors import FormatError
-from backbone.formats.tensors import params_hash
+from backbone.formats.tensors import flatten, params_hash, unflatten
 from harness import components, models, zoo
 from harness.metrics import ROWS
+
+LARGE = ('.*/kernel', '.*/embed/(tokens|positions)')  # a model's matrices, which are stored in int8
 
 
 def is_artefact(name: str) -> bool:
@@ -83,8 +93,27 @@ def card_of(workdir: str) -> dict[str, Any]:
             'metrics': {k: v for k, v in held_out[-1].items() if k not in ('kind', 'step')}}
 
 
-def to_zoo(name: str, workdir: str | Path, card: Mapping[str, Any], int8: tuple[str, ...], root: Path = zoo.ROOT,
-           overwrite: bool = False) -> None:
-    """Writes the drafter of a run as an artefact. card: the fields that are not in the run's own config."""
-    tree, spec, base_hash = from_workdir(str(workdir))
-    zoo.save(name, tree, {'base_hash': base_hash, 'drafter': spec, **card}, root, overwrite, int8)
+def to_zoo(name: str, workdir: str | Path, card: Mapping[str, Any], int8: tuple[str, ...] | None,
+           root: Path | None = None, overwrite: bool = False) -> None:
+    """Writes what a run trains, drafter or model, as an artefact. card: the fields the run's config does not give.
+
+    int8: regexes of the matrices stored so; None: none of a drafter, LARGE of a model. Errors: FormatError.
+    """
+    folder, step = models.split(str(workdir))
+    if hasattr(_task(folder), 'drafter'):
+        tree, spec, base_hash = from_workdir(str(workdir))
+        zoo.save(name, tree, {'base_hash': base_hash, 'drafter': spec, **card}, root, overwrite, int8 or ())
+        return
+    int8 = LARGE if int8 is None else int8
+    task, tree, decodes, _ = models.of_run(folder, step)
+    stored = unflatten(zoo.dequantise(zoo.quantise(flatten(tree), int8)))
+    of_bytes = models.read_config(folder)['config']['data']['tokenizer'] == 'bytes'
+    model = {'decodes': decodes, 'config': task.cfg.to_dict(), 'tokenizer': 'bytes' if of_bytes else zoo.TOKENIZER}
+    zoo.save(name, tree, {**card, 'base': 'itself', 'base_hash': models.hash_of(stored, decodes), 'model': model}, root,
+             overwrite, int8, None if of_bytes else folder / models.TOKENIZER)
+
+
+def _task(folder: Path) -> Any:
+    from harness import train_step
+
+    return train_step.build_task(ml_collections.ConfigDict(models.read_config(folder)['config']))

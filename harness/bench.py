@@ -37,6 +37,7 @@ class Bench:
     drafter: Any
     params: Any
     groups: list[list[int]]  # prompt numbers
+    model: str = ''  # of its own; '' is the one that is compared
     outputs: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     accepted: np.ndarray | None = None
     drafted: np.ndarray | None = None
@@ -47,6 +48,8 @@ class Bench:
     floor_s: list[float] = dataclasses.field(default_factory=list)
     peak_memory: int = 0
     bytes_per_round: float = 0.0
+    kv_bytes_per_token: float = 0.0
+    kv_bytes_formula: float | None = None
     timers: dict[str, steps.Timer] = dataclasses.field(default_factory=dict)
 
     @property
@@ -54,8 +57,14 @@ class Bench:
         return f'{self.method} {self.dtype} batch {self.batch}'
 
     @property
-    def plain(self) -> bool:
+    def stepwise(self) -> bool:
+        """Plain decoding of its model."""
         return self.drafter.block == 0 and self.target.exact
+
+    @property
+    def plain(self) -> bool:
+        """What the comparison is against: plain decoding of the model that is compared."""
+        return self.stepwise and not self.model
 
     @property
     def tokens(self) -> int:

@@ -8,7 +8,8 @@ A config names the methods by dotted path; nothing here knows one. The course of
     rows, verdicts                              harness/results.py is the shape
 
 The plain rows are those whose drafter has block 0 and whose target is exact. A speed-up is the median over repeats of
-the ratio to the fastest plain row of the same dtype and batch *in the same repeat*.
+the ratio to the fastest plain row of the same dtype and batch *in the same repeat*. A row may decode another model, of
+the same tokenizer: its output is held against plain decoding of that model, its speed against the compared one's.
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ from collections.abc import Callable
 from concurrent import futures
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from backbone import layout, model
-from backbone.config import ModelConfig
 from backbone.errors import ConfigError
-from harness import provenance, roofline, steps
+from harness import artefacts, drafters, provenance, roofline, steps, subjects
 from harness.bandwidth import Meter
 from harness.bench import Bench, Work, first_run, generate, state_after_prefill, timed_run
 from harness.components import build
 from harness.prompts import Prompt, questions, random_prompts
 from harness.results import SCHEMA, CurvePoint, Floor, Results, Spread
-from harness.rows import NearTies, make_row, notes
+from harness.rows import make_row, notes
+from harness.subjects import Subject
 
 DTYPES = ('float32', 'bfloat16')
+PLAIN = 'backbone.model.PlainTarget'  # of a row that names no target: then what decodes its model
+STEPWISE = 'harness.baselines.Autoregressive'
 
 
 def run(config: Any, *, progress: bool = True) -> Results:
@@ -46,11 +47,11 @@ def run(config: Any, *, progress: bool = True) -> Results:
     """
     started = time.perf_counter()
     check(config)
-    cfg, base, tokenizer, described = load_model(config)
-    prompts = load_prompts(config, cfg, tokenizer)
+    models = subjects.load(config)
+    cfg, tokenizer = models[''].loaded.config, models[''].loaded.tokenizer
+    prompts = load_prompts(config, cfg.vocab_size, tokenizer)
     work = Work(prompts, tuple(tokenizer.eos_ids) if tokenizer is not None else (), config.max_new_tokens, config.seed)
-    packed = {dtype: layout.pack(base, dtype) for dtype in config.dtypes}
-    benches = make_benches(config, cfg, packed, len(prompts), described['base_hash'])
+    benches = make_benches(config, models, len(prompts))
     weight_bytes = {d: int(roofline.step_cost(cfg, dtype=d).weight_bytes) for d in config.dtypes}
 
     ahead = 2 * len(benches) + len(config.dtypes) * len(config.curve) + 1 + config.repeats * sum(
@@ -60,7 +61,7 @@ def run(config: Any, *, progress: bool = True) -> Results:
             bar.set_description_str(text)
             bar.update()
         together([(f'compiled {b.name}', functools.partial(first_run, b, work)) for b in benches], tick)
-        plain_out = plain_outputs(benches, work)
+        plain_out = {name: plain_outputs([b for b in benches if b.model == name], work) for name in models}
         curve = curve_points(config, benches, work, tick)
         together([(f'compiled the parts of {b.name}', functools.partial(prepare_steps, b, work, config, curve))
                   for b in benches], tick)
@@ -70,16 +71,18 @@ def run(config: Any, *, progress: bool = True) -> Results:
 
     floor = {d: Floor(meter.source, meter.note, meter.threads, weight_bytes[d], spread := Spread.of(floors[d]),
                       meter.floor_ms(d, spread.median)) for d in config.dtypes}
-    ties = NearTies(cfg, base)
-    rows = [make_row(config, bench, benches, plain_out, floor, parts, ties, prompts) for bench in benches]
+    ties = {name: subject.ties for name, subject in models.items()}
+    rows = [make_row(config, bench, benches, plain_out[bench.model], floor, parts, ties[bench.model], prompts,
+                     models[bench.model].quality) for bench in benches]
     shared = provenance.collect(config)
     spreads = {key: Spread.of([1e3 * t for t in point.times]) for key, point in curve.items()}
     points = [CurvePoint(d, k, point.context, spreads[d, k], spreads[d, k].median / spreads[d, 1].median)
               for (d, k), point in curve.items()]
     return Results(
         schema=SCHEMA, command=shared['command'], config=config.to_dict(), versions=shared['versions'],
-        device=shared['device'], git=shared['git'], rows=rows, floor=floor, curve=points, model=described,
-        prompts=[{'name': p.name, 'tokens': len(p.ids), 'plain_output': plain_out.get(i, [])}
+        device=shared['device'], git=shared['git'], rows=rows, floor=floor, curve=points,
+        model=models[''].describe() | {'others': {n: s.describe() for n, s in models.items() if n}},
+        prompts=[{'name': p.name, 'tokens': len(p.ids), 'plain_output': plain_out[''].get(i, [])}
                  for i, p in enumerate(prompts)],
         notes=notes(config, meter, rows), seed=config.seed, wall_s=time.perf_counter() - started)
 
@@ -100,35 +103,25 @@ def check(config: Any) -> None:
         raise ConfigError('methods: none given')
     if 1 not in config.curve:
         raise ConfigError('curve must contain 1: every point is a ratio to it')
+    task = config.get('quality', {}).get('task', '')
+    if task and not task.startswith('ppl:'):
+        raise ConfigError(f'quality.task: {task!r} is not ppl:TEXT')
     for name, spec in config.methods.items():
         if spec.mode not in ('lossless', 'approximate'):
             raise ConfigError(f'methods.{name}.mode: unknown {spec.mode!r}')
 
 
-def load_model(config: Any) -> tuple[ModelConfig, Any, Any, dict]:
-    """(config, stacked base parameters, tokenizer or None, what the report says of the model)."""
-    if config.model == 'random':
-        cfg = ModelConfig.from_dict(config.random_model.to_dict())
-        base = model.init_params(cfg, jax.random.key(config.seed))
-        return cfg, base, None, {'name': 'random', 'config': cfg.to_dict(), 'base_hash': ''}
-    from harness import models  # reading files pulls in gguf and safetensors: not for random models
-
-    loaded = models.load(config.model)
-    return loaded.config, loaded.params, loaded.tokenizer, {
-        'name': loaded.name, 'config': loaded.config.to_dict(), 'base_hash': loaded.base_hash}
-
-
-def load_prompts(config: Any, cfg: ModelConfig, tokenizer: Any) -> list[Prompt]:
+def load_prompts(config: Any, vocab_size: int, tokenizer: Any) -> list[Prompt]:
     p = config.prompts
     limits = {'min_tokens': p.min_tokens, 'max_tokens': p.max_tokens}
     if p.source == 'random':
-        return random_prompts(p.count, cfg.vocab_size, seed=config.seed, **limits)
+        return random_prompts(p.count, vocab_size, seed=config.seed, **limits)
     if tokenizer is None:
         raise ConfigError(f'prompts.source {p.source!r} needs a model with a tokenizer; a random one takes random')
     return questions(p.source, p.count, tokenizer, **limits)
 
 
-def make_benches(config: Any, cfg: ModelConfig, packed: dict, num_prompts: int, base_hash: str = '') -> list[Bench]:
+def make_benches(config: Any, models: dict[str, Subject], num_prompts: int) -> list[Bench]:
     """Rows to run: timed at batch_sizes in every dtype, then identity only at identity_batch_sizes in float32."""
     plan = [(d, b, True) for b in config.batch_sizes for d in config.dtypes]
     plan += [('float32', b, False) for b in config.identity_batch_sizes if 'float32' in config.dtypes]
@@ -139,25 +132,33 @@ def make_benches(config: Any, cfg: ModelConfig, packed: dict, num_prompts: int, 
         groups = [list(range(i, i + batch)) for i in range(0, num_prompts - batch + 1, batch)][:config.max_groups]
         row_start = len(benches)
         for name, spec in config.methods.items():
-            given = {'cfg': cfg, 'stacked': False, 'cache_dtype': config.cache_dtypes[dtype]}
-            target = build(spec.target, spec.target_kwargs, given, f'methods.{name}.target')
-            params = {'base': packed[dtype]}
-            if spec.get('artefact'):
-                from harness import artefacts  # reads files: not for random models
-
-                drafter, ready = artefacts.find(spec.artefact, cfg, base_hash, spec.kwargs)
-                params |= ready(packed[dtype], dtype)
+            subject = models[spec.get('model', '')]
+            loaded, params = subject.loaded, dict(subject.params[dtype])
+            given = {'cfg': loaded.config, 'stacked': False, 'cache_dtype': config.cache_dtypes[dtype]}
+            if spec.target == PLAIN:
+                target = subjects.target_of(subject, spec, given['cache_dtype'])
             else:
-                drafter = build(spec.drafter, spec.kwargs, given, f'methods.{name}.drafter')
+                target = build(spec.target, spec.target_kwargs, given, f'methods.{name}.target')
+            if spec.get('artefact'):
+                drafter, ready = artefacts.find(spec.artefact, loaded.config, loaded.base_hash, spec.kwargs)
+                params |= ready(params['base'], dtype)
+            else:
+                drafter = build(spec.drafter or STEPWISE, spec.kwargs, given, f'methods.{name}.drafter')
+                drafters.check(drafter, loaded)
             if spec.params:
-                params |= build(spec.params, {}, {'cfg': cfg, 'base': packed[dtype], 'dtype': dtype},
+                params |= build(spec.params, {}, {'cfg': loaded.config, 'base': params['base'], 'dtype': dtype},
                                 f'methods.{name}.params')
-            benches.append(Bench(name, spec, dtype, batch, timed, target, drafter, params, groups))
+            benches.append(Bench(name, spec, dtype, batch, timed, target, drafter, params, groups,
+                                 spec.get('model', '')))
         # A ConfigDict sorts its keys; the baseline goes first.
         benches[row_start:] = sorted(benches[row_start:], key=lambda b: not b.plain)
     for dtype, batch, _ in plan:
         if not any(b.plain for b in benches if (b.dtype, b.batch) == (dtype, batch)):
             raise ConfigError('methods: no plain row (a drafter of block 0 on an exact target) to compare with')
+    stepwise = {b.model for b in benches if b.stepwise}
+    for bench in benches:
+        if bench.model not in stepwise:
+            raise ConfigError(f'methods.{bench.method}: no row decodes {bench.model} plainly, to hold this one against')
     return benches
 
 
@@ -182,8 +183,9 @@ def together(jobs: list[tuple[str, Callable[[], None]]], tick: Callable[[str], N
 
 
 def plain_outputs(benches: list[Bench], work: Work) -> dict[int, list[int]]:
-    """Plain output at batch 1 by prompt, in float32 where that is run: what every float32 row is held against."""
-    plain = min((b for b in benches if b.plain), key=lambda b: (b.dtype != 'float32', b.batch))
+    """Plain output at batch 1 by prompt, in float32 where that is run: what every float32 row of the benches' model is
+    held against."""
+    plain = min((b for b in benches if b.stepwise), key=lambda b: (b.dtype != 'float32', b.batch))
     found = dict(plain.outputs)
     for i in sorted({i for b in benches for i in b.outputs} - set(found)):
         found[i] = generate(plain, work, [i]).tokens[0]
@@ -229,6 +231,7 @@ def prepare_steps(bench: Bench, work: Work, config: Any, curve: dict) -> None:
     state = state_after_prefill(bench, work)
     drafter, target = bench.drafter, bench.target
     bench.bytes_per_round = sum(steps.round_bytes(target, drafter, bench.params, state.cache, state.drafter))
+    bench.kv_bytes_per_token, bench.kv_bytes_formula = steps.kv_bytes(target, state.cache)
     if not (bench.timed and config.time_parts):
         return
     cache, resume = state.cache, None
@@ -237,7 +240,7 @@ def prepare_steps(bench: Bench, work: Work, config: Any, curve: dict) -> None:
         bench.timers['draft'] = steps.draft_timer(drafter, bench.params, cache, state.drafter)
         cache, _, draft = steps.copy(bench.timers['draft'].carry)
         tokens, resume = jnp.concatenate([tokens, draft.tokens], axis=1), draft.resume
-    point = curve.get((bench.dtype, drafter.block + 1))
+    point = None if bench.model else curve.get((bench.dtype, drafter.block + 1))
     if point and point.target == target and bench.batch == 1 and resume is None and not drafter.needs:
         bench.timers['verify'] = point.timer
     else:

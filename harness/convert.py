@@ -92,11 +92,12 @@ def convert(src: str, dst: str | Path, to: str | None = None, dtype: str = 'f32'
     """Writes model `src` (see harness/models.py) as `dst`; with `check`, reads it back and compares.
 
     to: 'gguf', 'hf' or 'headway'; None means gguf for a name that ends so, else headway.
-    Errors: FormatError (`dst` exists, damaged `src`, not expressible), FetchError.
+    Errors: FormatError (`dst` exists, damaged `src`, not expressible, more than a plain model), FetchError.
     """
     to = to or ('gguf' if str(dst).endswith('.gguf') else 'headway')
     formats.check_request(dst, to, dtype, overwrite)
     loaded = models.load(src)
+    loaded.check_plain()
     formats.save(loaded, dst, to, dtype, overwrite)
     if not check:
         return None

@@ -10,7 +10,8 @@ import jax
 from backbone.config import ModelConfig
 from backbone.contract import Drafter
 from backbone.errors import RequestError
-from harness import artefacts, components, zoo
+from backbone.formats.tensors import Loaded
+from harness import artefacts, baselines, components, zoo
 
 SHORT = {
     'none': 'harness.baselines.Autoregressive',
@@ -20,16 +21,24 @@ SHORT = {
 }
 
 
-def load(name: str, cfg: ModelConfig, base_hash: str, arguments: list[str]
-         ) -> tuple[Drafter, Callable[[Any, Any], dict[str, Any]]]:
+def load(name: str, loaded: Loaded, arguments: list[str]) -> tuple[Drafter, Callable[[Any, Any], dict[str, Any]]]:
     """(drafter, ready): ready(base packed for decoding, dtype) -> its parameters beside params['base'].
 
-    Errors: as `make`; FormatError where a trained one belongs to another base.
+    Errors: as `make`; FormatError where a trained one belongs to another base; RequestError where it drafts with the
+    layers of a plain model and this one is not.
     """
     if artefacts.is_artefact(name):
-        return artefacts.find(name, cfg, base_hash, dict(map(_argument, arguments)))
-    made = make(name, cfg, arguments)
+        return artefacts.find(name, loaded.config, loaded.base_hash, dict(map(_argument, arguments)))
+    made = make(name, loaded.config, arguments)
+    check(made, loaded)
     return made, lambda base, dtype: made.init_params(jax.random.key(0))
+
+
+def check(drafter: Drafter, loaded: Loaded) -> None:
+    """Errors: RequestError for a drafter that runs a plain model's layers on a model that is more than that."""
+    if loaded.decodes is not None and isinstance(drafter, baselines.EarlyExit):
+        raise RequestError(f'{type(drafter).__name__} drafts with the layers of a plain model, and {loaded.name} is '
+                           f'decoded by {loaded.decodes["factory"]}')
 
 
 def make(name: str, cfg: ModelConfig, arguments: list[str]) -> Drafter:

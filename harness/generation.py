@@ -9,10 +9,8 @@ from typing import Any
 
 import jax
 
-from backbone.contract import Drafter
+from backbone.contract import Drafter, Target
 from backbone.errors import RequestError
-from backbone.layout import pack
-from backbone.model import PlainTarget
 from backbone.sampling import Sampling
 from backbone.tokenizer import Stream, Tokenizer
 from harness import compilation, decode, drafters, models, prompts
@@ -39,7 +37,7 @@ def read_prompts(prompt: str | None, batch_file: str | None, limit: int = 0) -> 
 class Session:
     """A model packed for decoding, with its drafter and tokenizer. base_hash: of the unpacked parameters."""
 
-    target: PlainTarget
+    target: Target
     params: Any
     drafter: Drafter
     tokenizer: Tokenizer
@@ -53,11 +51,10 @@ class Session:
         loaded = models.load(model)
         if loaded.tokenizer is None:
             raise RequestError(f'{model} has no tokenizer')
-        made, ready = drafters.load(drafter, loaded.config, loaded.base_hash, drafter_args)
-        base = pack(loaded.params, dtype)
-        params = {'base': base} | ready(base, dtype)
-        return cls(PlainTarget(loaded.config, dtype, stacked=False), params, made, loaded.tokenizer, chat,
-                   loaded.name, loaded.base_hash)
+        made, ready = drafters.load(drafter, loaded, drafter_args)
+        target, params = models.target(loaded, dtype)
+        params |= ready(params['base'], dtype)
+        return cls(target, params, made, loaded.tokenizer, chat, loaded.name, loaded.base_hash)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.chat([{'role': 'user', 'content': text}]) if self.chat else self.tokenizer.encode(text)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from backbone.errors import RequestError
-from backbone.formats import load
+from harness.models import load
 from harness.scoring import Row, Scorer
 
 MAX_LENGTH = 2048  # attention over longer rows takes gigabytes; pass max_length where the task needs it
@@ -23,7 +24,7 @@ MAX_LENGTH = 2048  # attention over longer rows takes gigabytes; pass max_length
 class HeadwayLM(LM):
     """Likelihoods and greedy continuations; sampling is refused.
 
-    model: what `backbone.formats.load` takes; or a ready `scorer`.
+    model: what `harness.models.load` takes; or a ready `scorer`.
     """
 
     def __init__(self, model: str = 'smollm2-135m', batch_size: int | str = 16, max_length: int | None = None,
@@ -32,8 +33,8 @@ class HeadwayLM(LM):
         if scorer is None:
             loaded = load(model)
             limit = min(int(max_length or MAX_LENGTH), loaded.config.max_seq_len)
-            scorer = Scorer(loaded.config.replace(max_seq_len=limit), {'base': loaded.params}, loaded.tokenizer,
-                            int(batch_size))
+            scorer = Scorer.of(dataclasses.replace(loaded, config=loaded.config.replace(max_seq_len=limit)),
+                               int(batch_size))
         self.scorer, self.name, self.max_gen_toks = scorer, model, int(max_gen_toks)
 
     def loglikelihood(self, requests) -> list[tuple[float, bool]]:

@@ -1,8 +1,18 @@
-"""Models by any name: what backbone.formats reads, and the working directory of a training run.
+"""Models by any name: what backbone.formats reads, the working directory of a training run, a model of the zoo.
 
     load('smollm2-135m')      # catalogue key, file or directory: backbone.formats.load
     load('out/enwik8')        # a working directory: its newest sound checkpoint
     load('out/enwik8@1200')   # the checkpoint of that step
+    load('stagformer_tiny')   # an artefact of the zoo that is a model
+
+    target(loaded, 'bfloat16')   # what decodes it, and its parameters packed for that
+
+A model may be more than a plain base. The task that trained it says what decodes it, by dotted paths, and the card of
+an artefact repeats that (so the harness needs to know no method):
+
+    Task.decodes() -> {'factory': makes the Target from `kwargs`, cache_dtype and packed, 'kwargs': {...},
+                       'pack': packs the whole parameter tree from `kwargs`, params and dtype,
+                       'params': names of the parts of the tree beside 'base'}
 """
 
 from __future__ import annotations
@@ -16,28 +26,64 @@ import jax
 import ml_collections
 import numpy as np
 
-from backbone import formats, tokenizer
+from backbone import formats, layout, tokenizer
+from backbone.config import ModelConfig
+from backbone.contract import Target
 from backbone.errors import FormatError, NoValidCheckpoint
-from backbone.formats.tensors import Loaded, check_leaves, flatten, unflatten
+from backbone.formats.hf_config import faults_of
+from backbone.formats.tensors import Loaded, check_leaves, check_shapes, flatten, unflatten
+from harness import components, zoo
 
 CONFIG, TOKENIZER, CHECKPOINTS = 'config.json', 'tokenizer', 'checkpoints'
 FORMAT = 1  # of config.json
 
 
 def load(spec: str | Path, dtype: Any = np.float32, cache: bool = True) -> Loaded:
-    """A model by catalogue key, path, or working directory with or without @STEP. params: numpy arrays in `dtype`.
+    """A model by catalogue key, path, name of the zoo, or working directory with or without @STEP. params: numpy arrays
+    in `dtype`. Where a name means several things a path comes before the zoo, and the zoo before the catalogue.
 
     Of a working directory: the averaged parameters where the run keeps an average (ema_decay > 0); what was frozen
-    comes from the task again. A task whose model is more than its params['base'] (adapters) has
-    `merged(params) -> base parameters`. base_hash is taken before rounding to `dtype`.
-    Errors: those of backbone.formats.load; NoValidCheckpoint (none yet, or not that step), FormatError.
+    comes from the task again. A task whose base is more than its params['base'] (adapters) has
+    `merged(params) -> base parameters`. base_hash is taken before rounding to `dtype`; of a model with parameters
+    beside the base it is that of all of them.
+    Errors: those of backbone.formats.load; NoValidCheckpoint (none yet, or not that step), FormatError, TensorMismatch.
     """
     folder, step = split(str(spec))
     if is_workdir(folder):
         return _from_workdir(folder, step, dtype)
+    if not Path(spec).exists() and str(spec) in zoo.names():
+        return _from_zoo(str(spec), dtype)
     if step is not None:
         raise FormatError(f'{folder} is not the working directory of a training run: @{step} means nothing there')
     return formats.load(spec, dtype, cache)
+
+
+def target(loaded: Loaded, dtype: str = 'float32', packed: bool = True) -> tuple[Target, dict[str, Any]]:
+    """(what decodes the model with a cache in `dtype`, the whole tree {'base': ..., parts beside it} for it).
+
+    packed: matrices in `dtype`, in the layout that decodes fastest; else the parameters as they are, stacked.
+    Errors: ConfigError names a factory that is not there or does not take its arguments.
+    """
+    return make_target(loaded, dtype, packed), pack(loaded, dtype) if packed else loaded.tree
+
+
+def make_target(loaded: Loaded, cache_dtype: str = 'float32', packed: bool = True,
+                arguments: Mapping[str, Any] | None = None) -> Target:
+    """What decodes the model. arguments: more of the factory's, an approximate mode, say. Errors: as `target`."""
+    if loaded.decodes is None:
+        plain = {'cfg': loaded.config, 'cache_dtype': cache_dtype, 'stacked': not packed}
+        return components.build('backbone.model.PlainTarget', arguments or {}, plain, loaded.name)
+    spec = loaded.decodes
+    return components.build(spec['factory'], {**spec['kwargs'], **(arguments or {})},
+                            {'cache_dtype': cache_dtype, 'packed': packed}, loaded.name)
+
+
+def pack(loaded: Loaded, dtype: str = 'float32') -> dict[str, Any]:
+    """The whole tree for decoding. Errors: as `target`."""
+    if loaded.decodes is None:
+        return {'base': layout.pack(loaded.params, dtype)}
+    return components.build(loaded.decodes['pack'], loaded.decodes['kwargs'],
+                            {'params': loaded.tree, 'dtype': dtype}, loaded.name)
 
 
 def split(spec: str) -> tuple[Path, int | None]:
@@ -92,17 +138,59 @@ def read_run(folder: Path, step: int | None) -> tuple[Any, dict[str, Any], int]:
     return task, unflatten(_frozen(task, config.seed, leaves) | leaves), step
 
 
-def _from_workdir(folder: Path, step: int | None, dtype: Any) -> Loaded:
+def of_run(folder: Path, step: int | None) -> tuple[Any, dict[str, Any], dict[str, Any] | None, int]:
+    """(task, {'base': ..., parts beside it}, Task.decodes() or None, step) of the model a run trains, numpy arrays.
+
+    Errors: as `load`.
+    """
     task, params, step = read_run(folder, step)
     base = task.merged(params) if hasattr(task, 'merged') else params['base']
-    base = jax.tree.map(np.asarray, base)
-    where = f'{folder}@{step}'
-    check_leaves(task.cfg, {path: leaf.shape for path, leaf in flatten(base).items()}, where)
-    found = tokenizer.from_hf_directory(folder / TOKENIZER)
-    found.check_model(task.cfg.vocab_size)
-    digest = formats.params_hash(base)
-    return Loaded(task.cfg, jax.tree.map(lambda a: a.astype(dtype, copy=False), base), found,
-                  f'{folder.resolve().name}@{step}', digest)
+    decodes = task.decodes() if hasattr(task, 'decodes') else None
+    # A part without leaves is not in a file.
+    tree = {'base': base} | {part: params.get(part, {}) for part in (decodes or {}).get('params', ())}
+    if decodes:
+        expected = jax.eval_shape(task.init, jax.random.key(0))
+        wanted, found = ({path: np.shape(leaf) for path, leaf in flatten({part: whole.get(part, {}) for part in tree
+                                                                          if part != 'base'}).items()}
+                         for whole in (expected, tree))
+        check_shapes(wanted, found, f'{folder}@{step}')
+    return task, jax.tree.map(np.asarray, tree), decodes, step
+
+
+def _from_workdir(folder: Path, step: int | None, dtype: Any) -> Loaded:
+    task, tree, decodes, step = of_run(folder, step)
+    return _loaded(task.cfg, tree, decodes, folder / TOKENIZER, f'{folder.resolve().name}@{step}', f'{folder}@{step}',
+                   dtype)
+
+
+def _from_zoo(name: str, dtype: Any) -> Loaded:
+    tree, card = zoo.load(name)
+    where = str(zoo.ROOT / name / zoo.CARD)
+    if 'model' not in card:
+        raise FormatError(f'{name}: this artefact drafts for {card["base"]}, it is not a model')
+    with faults_of(where):
+        cfg, decodes = ModelConfig.from_dict(card['model']['config']), card['model']['decodes']
+        tokens = None if card['model']['tokenizer'] == 'bytes' else zoo.ROOT / name / zoo.TOKENIZER
+        for key in ('factory', 'kwargs', 'pack', 'params') if decodes is not None else ():
+            decodes[key]  # KeyError names what the card lacks
+    return _loaded(cfg, tree, decodes, tokens, name, where, dtype)
+
+
+def _loaded(cfg: ModelConfig, tree: dict[str, Any], decodes: Mapping[str, Any] | None, tokens: Path | None, name: str,
+            where: str, dtype: Any) -> Loaded:
+    """tree: numpy arrays. tokens: folder of the tokenizer; None: bytes. where: what errors name."""
+    check_leaves(cfg, {path: leaf.shape for path, leaf in flatten(tree.get('base', {})).items()}, where)
+    found = tokenizer.of_bytes() if tokens is None else tokenizer.from_hf_directory(tokens)
+    found.check_model(cfg.vocab_size)
+    digest = hash_of(tree, decodes)
+    cast = jax.tree.map(lambda a: a.astype(dtype, copy=False), tree)
+    extra = {part: cast.get(part, {}) for part in (decodes or {}).get('params', ())}
+    return Loaded(cfg, cast['base'], found, name, digest, decodes, extra)
+
+
+def hash_of(tree: Mapping[str, Any], decodes: Mapping[str, Any] | None) -> str:
+    """`Loaded.base_hash`: of the base alone where that is the whole model."""
+    return formats.params_hash(tree['base'] if decodes is None else tree)
 
 
 def _frozen(task: Any, seed: int, trained: Mapping[str, Any]) -> dict[str, Any]:

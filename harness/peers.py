@@ -216,6 +216,7 @@ def main(argv: list[str]) -> None:
 
     compilation.use_cache()
     loaded = models.load(MODEL.value)
+    loaded.check_plain()
     questions = prompts.questions('mt_bench', PROMPTS.value, loaded.tokenizer, min_tokens=33, max_tokens=64)
     threads, count, workers = cpu_threads(), NEW_TOKENS.value, []
     workdir = pathlib.Path(WORKDIR.value)

@@ -112,26 +112,33 @@ class Prompt:
 def questions(source: str, count: int, tokenizer, *, min_tokens: int = 1, max_tokens: int = 1 << 30) -> list[Prompt]:
     """First turns of `count` questions through the chat template, spread evenly over the set.
 
-    humaneval: heads of functions, to be continued as they are, without a template.
+    humaneval: heads of functions, to be continued as they are, without a template; so is what `texts` takes.
     Only questions whose prompt has min_tokens..max_tokens ids count: a bucket of like lengths compiles once.
-    Errors: ConfigError for an unknown set or where too few questions fit.
+    Errors: ConfigError for an unknown set or where too few questions fit; those of `texts`.
     """
+    fitting = [prompt for prompt in _given(source, tokenizer) if min_tokens <= len(prompt.ids) <= max_tokens]
+    if not 1 <= count <= len(fitting):
+        raise ConfigError(f'prompts.count is {count}, but {source} has {len(fitting)} questions of '
+                          f'{min_tokens}..{max_tokens} tokens')
+    return [fitting[i * len(fitting) // count] for i in range(count)]
+
+
+def _given(source: str, tokenizer) -> Iterator[Prompt]:
     if source not in SETS:
-        raise ConfigError(f'prompts.source: unknown {source!r}, one of {", ".join(SETS)}, random')
+        if not (source.startswith('catalogue:') or Path(source).is_file()):
+            raise ConfigError(f'prompts.source: unknown {source!r}, one of {", ".join(SETS)}, random, catalogue:NAME, '
+                              'or a file')
+        for number, text in enumerate(texts(source), 1):
+            yield Prompt(f'{Path(source).name}/{number}', tuple(map(int, tokenizer.encode(text))))
+        return
     lines = catalogue.fetch(source).read_text(encoding='utf-8').splitlines()
-    fitting = []
     for number, line in enumerate(filter(str.strip, lines)):
         question = json.loads(line)
         code = source == 'humaneval'
         ids = (tokenizer.encode(question['prompt']) if code else
                tokenizer.chat([{'role': 'user', 'content': question['turns'][0]}]))
-        if min_tokens <= len(ids) <= max_tokens:
-            name = question.get('task_id') if code else f'{source}/{question.get("question_id", number)}'
-            fitting.append(Prompt(name, tuple(map(int, ids))))
-    if not 1 <= count <= len(fitting):
-        raise ConfigError(f'prompts.count is {count}, but {source} has {len(fitting)} questions of '
-                          f'{min_tokens}..{max_tokens} tokens')
-    return [fitting[i * len(fitting) // count] for i in range(count)]
+        yield Prompt(question.get('task_id') if code else f'{source}/{question.get("question_id", number)}',
+                     tuple(map(int, ids)))
 
 
 def random_prompts(count: int, vocab_size: int, *, min_tokens: int, max_tokens: int, seed: int) -> list[Prompt]:

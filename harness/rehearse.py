@@ -99,6 +99,9 @@ def programs(config: Any, devices: list[jax.Device], name: str, names: tuple[str
     serving = config.rehearse.get('mesh') or config.mesh
     where = 'rehearse.mesh' if config.rehearse.get('mesh') else 'mesh'
     mesh = whole_mesh(serving, devices, name, where)
+    if mesh.shape['stage'] > 1 and not hasattr(step.task, 'staged'):
+        raise ConfigError(f'{where}.stage {mesh.shape["stage"]}: {config.task.factory} has nothing that decodes on '
+                          'stages')
     batch, prompt, context = (config.rehearse[key] for key in ('decode_batch', 'prompt', 'context'))
     if batch % mesh.shape['data']:
         raise ConfigError(f'rehearse.decode_batch {batch} is not a multiple of {where}.data {mesh.shape["data"]}')
@@ -106,7 +109,7 @@ def programs(config: Any, devices: list[jax.Device], name: str, names: tuple[str
         raise ConfigError(f'rehearse.prompt {prompt} must be positive and at most rehearse.context {context}')
     context = min(context, step.task.cfg.max_seq_len)  # the defaults are for models that have the room
     prompt = min(prompt, context)
-    serve = _Serving(step, mesh, batch, prompt, context)
+    serve = _Serving(step, mesh, batch, prompt, context, config.rehearse.get('unrolled', False))
     cfg = step.task.cfg
     flops = lambda **tokens: roofline.step_cost(cfg, batch=batch, dtype='bfloat16', **tokens).flops
     unread = 2 * batch * (prompt - 1) * (cfg.embed_size or cfg.hidden_size) * cfg.vocab_size  # logits of a prompt
@@ -136,16 +139,30 @@ def _words(mesh: Mesh) -> str:
 
 
 class _Serving:
-    """The programs of harness/decode.py on shapes: bfloat16 parameters and cache, plain decoding."""
+    """The programs of harness/decode.py on shapes: bfloat16 parameters and cache, plain decoding.
 
-    def __init__(self, step: StepPlan, mesh: Mesh, batch: int, prompt: int, context: int):
+    On a mesh of stages it is `task.staged` that decodes: a Target with `pack` and `shardings` of its own. unrolled:
+    a plain model's layers one by one, as those of stages are, instead of a scan over them.
+    """
+
+    def __init__(self, step: StepPlan, mesh: Mesh, batch: int, prompt: int, context: int, unrolled: bool):
         cfg, self.mesh = step.task.cfg, mesh
-        self.target = dataclasses.replace(step.task.target, cache_dtype='bfloat16')
         half = lambda a: jax.ShapeDtypeStruct(
             a.shape, jnp.bfloat16 if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype)
+        params, spread = step.tree(step.state), lambda tree: shardings(cfg, tree, mesh)
+        if mesh.shape['stage'] > 1:
+            target = step.task.staged
+            params, spread = jax.eval_shape(lambda p: target.pack(p, jnp.bfloat16), params), (
+                lambda tree: target.shardings(tree, mesh))
+        elif unrolled:
+            target = dataclasses.replace(step.task.target, stacked=False)
+            params = jax.eval_shape(lambda p: _unrolled(p, jnp.bfloat16), params)
+        else:
+            target, params = step.task.target, jax.tree.map(half, params)
+        self.target = dataclasses.replace(target, cache_dtype='bfloat16')
         self.place = lambda tree: jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings(cfg, tree, mesh))
-        self.params = self.place(jax.tree.map(half, step.tree(step.state)))
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, spread(tree))
+        self.params = self.place(params)
         self.context, self.prompt, self.dtype = context, prompt, jnp.dtype('bfloat16')
         self.rows = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
             (batch, *shape), dtype, sharding=NamedSharding(mesh, P('data')))
@@ -182,6 +199,14 @@ class _Serving:
             self.alike(jax.eval_shape(lambda: jax.random.key(0))), self.rows(), self.rows(dtype=jnp.bool_), self.rows(),
             self.alike(counts), self.alike(counts))
         return decode.decode_one.lower(self.target, drafter, params, state, sampling=GREEDY, stops=())
+
+
+def _unrolled(params: dict, dtype: Any) -> dict:
+    """A plain model's parameters with a tuple of layers, matrices in `dtype`, vectors in float32."""
+    layers = params['base']['layers']
+    depth = jax.tree.leaves(layers)[0].shape[0]
+    base = params['base'] | {'layers': tuple(jax.tree.map(lambda a: a[k], layers) for k in range(depth))}
+    return {'base': jax.tree.map(lambda a: a.astype(dtype if a.ndim > 1 else jnp.float32), base)}
 
 
 def _with_room(config: Any, name: str, program: str) -> Program | None:

@@ -9,7 +9,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jinja2
@@ -26,6 +26,10 @@ class WorkdirError(HeadwayError):
 
 def _number(value: float | None, digits: int) -> str:
     return '–' if value is None else f'{value:,.{digits}f}'
+
+
+def _kilo(value: float | None) -> str:
+    return _number(value if value is None else value / 1e3, 2)
 
 
 def _percent(share: float | None) -> str:
@@ -54,6 +58,20 @@ COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
     ('pays', '', lambda r: r.pays),
 )
 
+# Shown where a row has something to say in them, before the last of the fixed ones.
+MORE: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
+    ('model', '', lambda r: r.model or '–'),
+    ('bits/byte', 'held-out', lambda r: _number(r.bits_per_byte, 3)),
+    ('perplexity', 'held-out', lambda r: _number(r.perplexity, 2)),
+)
+# And these where rows decode different models.
+OF_MODELS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
+    ('cache', 'kB/token', lambda r: _kilo(r.kv_bytes_per_token)),
+    ('formula', 'kB/token', lambda r: _kilo(r.kv_bytes_formula)),
+    ('round', 'ms', lambda r: _number(r.round_ms, 2)),
+    ('predicted', 'ms', lambda r: _number(r.predicted_ms, 2)),
+)
+
 PARTS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
     ('method', '', lambda r: r.method),
     ('dtype', '', lambda r: r.dtype),
@@ -65,6 +83,7 @@ PARTS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
     ('c', 'steps/draft', lambda r: _number(r.draft_cost, 3)),
     ('v', 'steps/round', lambda r: _number(r.verify_cost, 2)),
     ('break-even', 'tokens/round', lambda r: _number(r.break_even, 2)),
+    ('predicted', 'ms by bytes', lambda r: _number(r.predicted_ms, 2)),
     ('over floor', 'x', lambda r: _number(r.over_floor, 2)),
     ('bandwidth', '% of measured', lambda r: _percent(r.bandwidth_share)),
     ('prefill', 'ms/batch', lambda r: _number(r.prefill_ms, 0)),
@@ -74,10 +93,18 @@ PARTS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
 )
 
 
+def columns(rows: Sequence[Row]) -> tuple[tuple[str, str, Callable[[Row], str]], ...]:
+    """The fixed ones, and those in which a row has something to say."""
+    more = [c for c in MORE if any(c[2](row) != '–' for row in rows)]
+    more += OF_MODELS if any(row.model for row in rows) else ()
+    return (*COLUMNS[:-1], *more, COLUMNS[-1])
+
+
 def table(results: Results) -> str:
-    """The fixed columns as aligned text, then one verdict a row, then the notes."""
-    cells = [[head for head, _, _ in COLUMNS], [unit for _, unit, _ in COLUMNS]]
-    cells += [[show(row) for _, _, show in COLUMNS] for row in results.rows]
+    """The columns as aligned text, then one verdict a row, then the notes."""
+    shown = columns(results.rows)
+    cells = [[head for head, _, _ in shown], [unit for _, unit, _ in shown]]
+    cells += [[show(row) for _, _, show in shown] for row in results.rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ['  '.join(cell.ljust(width) if i < 3 else cell.rjust(width)
                        for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in cells]
@@ -243,7 +270,7 @@ def html(results: Results, pngs: dict[str, tuple[bytes, str]]) -> str:
                 'rows': [([show(row) for _, _, show in columns], row.pays) for row in rows]}
 
     return environment.from_string(_TEMPLATE.read_text(encoding='utf-8')).render(
-        r=results, images=images, main=grid(COLUMNS, results.rows),
+        r=results, images=images, main=grid(columns(results.rows), results.rows),
         parts=grid(PARTS, [r for r in results.rows if r.tokens_per_s is not None]),
         flips=[(row, m) for row in results.rows for m in row.mismatches],
         config=json.dumps(results.to_dict()['config'], indent=2), revision=_revision(results.git))

@@ -19,6 +19,8 @@ from backbone.errors import FormatError
 
 SCHEMA = 'headway.compare/1'
 MODES = ('lossless', 'approximate')
+# Fields of a row that the first files of this schema do not have.
+LATER = ('model', 'perplexity', 'bits_per_byte', 'kv_bytes_per_token', 'kv_bytes_formula', 'predicted_ms')
 VERDICTS = ('baseline', 'yes', 'no', 'even', 'untimed')
 
 
@@ -100,6 +102,12 @@ class Row:
     verify_cost: float | None = None
     break_even: float | None = None
     mismatches: list[Mismatch] = dataclasses.field(default_factory=list)
+    model: str = ''
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
+    kv_bytes_per_token: float | None = None
+    kv_bytes_formula: float | None = None
+    predicted_ms: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,10 +204,12 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         _expect(isinstance(value, Mapping), where, 'an object', value)
         hints = typing.get_type_hints(kind)
-        odd = sorted(set(value) ^ set(hints))
+        late = {f.name for f in dataclasses.fields(kind) if f.name in LATER and f.default is not dataclasses.MISSING}
+        odd = sorted((set(value) - set(hints)) | (set(hints) - set(value) - late))
         if odd:
             raise FormatError(f'{where}: {"missing" if odd[0] in hints else "unknown"} field {odd[0]!r}')
-        return kind(**{name: _read(hint, value[name], f'{where}.{name}') for name, hint in hints.items()})
+        return kind(**{name: _read(hint, value[name], f'{where}.{name}') for name, hint in hints.items()
+                       if name in value})
     if kind is float:
         _expect(isinstance(value, (int, float)) and not isinstance(value, bool), where, 'a number', value)
         return float(value)

@@ -29,7 +29,8 @@ class Device:
 
     link_bytes_per_s: what it can send to its neighbours over all links at once, one direction; `torus` dimensions
     share it equally (0: a switch, every byte goes at the full rate). usable_bytes: what the compiler gives a program,
-    cycles_per_s: of the cycles it counts, where those are known.
+    cycles_per_s: of the cycles it counts, where those are known. hop_s: what a message to a neighbour takes however
+    small it is; 0 where no document says.
     """
 
     name: str
@@ -40,16 +41,22 @@ class Device:
     torus: int = 0
     usable_bytes: float | None = None
     cycles_per_s: float | None = None
+    hop_s: float = 0.0
 
     def __hash__(self):
         return hash(self.name)
+
+
+# "Each hop over an ICI link has some intrinsic overhead regardless of the data volume. This is typically around 1us."
+# Austin et al., How to Scale Your Model (2025), "Sharded Matrices and How to Multiply Them"; the same for every chip.
+TPU_HOP_S = 1e-6
 
 
 def _tpu(name, gb_per_s, tflops, gb, link_gb, torus, usable_gib, ghz):
     # A float32 product of full precision is six bfloat16 passes on the matrix unit (jax.lax.Precision.HIGHEST).
     # The documents give the links' bandwidth in both directions together.
     return Device(name, gb_per_s * 1e9, {'bfloat16': tflops * 1e12, 'float32': tflops * 1e12 / 6}, gb * 1e9,
-                  link_gb / 2 * 1e9, torus, usable_gib * 2**30, ghz * 1e9)
+                  link_gb / 2 * 1e9, torus, usable_gib * 2**30, ghz * 1e9, TPU_HOP_S)
 
 
 DEVICES = {d.name: d for d in (

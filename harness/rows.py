@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from backbone import cache as caches
 from backbone import model
 from backbone.config import ModelConfig
 from harness import decode, verdict
@@ -19,16 +21,20 @@ from harness.prompts import Prompt
 from harness.results import Mismatch, Row, Spread
 
 
-def plain_of(benches: Sequence[Bench], dtype: str | None, batch: int, timed: bool = True) -> Bench | None:
-    """The fastest plain row of that dtype (None: any) and batch."""
-    rows = [b for b in benches if b.plain and b.batch == batch and dtype in (None, b.dtype) and b.timed == timed]
+def plain_of(benches: Sequence[Bench], dtype: str | None, batch: int, timed: bool = True,
+             model: str = '') -> Bench | None:
+    """The fastest plain row of that dtype (None: any), batch and model."""
+    rows = [b for b in benches if b.stepwise and b.model == model and b.batch == batch and dtype in (None, b.dtype)
+            and b.timed == timed]
     return min(rows, key=lambda b: statistics.median(b.decode_s) / b.decoded if b.decode_s else 0.0, default=None)
 
 
-def make_row(config, bench: Bench, benches, plain_out, floor, parts, ties: NearTies, prompts) -> Row:
+def make_row(config, bench: Bench, benches, plain_out, floor, parts, ties: NearTies, prompts, quality) -> Row:
+    """plain_out, ties, quality: of the row's own model."""
     # float32 is held against plain decoding at batch 1, whatever the batch; bfloat16 against its own plain row.
+    own = plain_of(benches, bench.dtype, bench.batch, model=bench.model)
     if bench.dtype != 'float32':
-        plain_out = plain_of(benches, bench.dtype, bench.batch).outputs
+        plain_out = own.outputs
     mismatches = []
     for i, ours in sorted(bench.outputs.items()):
         at = verdict.first_difference(ours, plain_out[i])
@@ -37,17 +43,22 @@ def make_row(config, bench: Bench, benches, plain_out, floor, parts, ties: NearT
     identical = 1 - len(mismatches) / len(bench.outputs)
     lossless = bench.spec.mode == 'lossless'
     mean_accepted = float((bench.accepted * (1 + np.arange(len(bench.accepted)))).sum() / max(bench.accepted.sum(), 1))
+    settings = dict(bench.spec.kwargs) | dict(bench.spec.get('target_kwargs') or {})
+    settings |= {'artefact': bench.spec.artefact} if bench.spec.get('artefact') else {}
     common = {
         'method': bench.method, 'mode': bench.spec.mode, 'dtype': bench.dtype, 'batch': bench.batch,
-        'settings': dict(bench.spec.kwargs) | ({'artefact': bench.spec.artefact} if bench.spec.get('artefact') else {}),
+        'settings': settings,
         'mean_accepted_tokens': mean_accepted,
         'identical_rate': identical, 'mismatches': mismatches,
         'quality': 1.0 if lossless else agreement(bench, prompts, plain_out),
         'bytes_per_token': bench.bytes_per_round * bench.rounds / max(bench.decoded, 1),
         'acceptance_by_position': by_position(bench.accepted, bench.drafted),
-        'tokens': bench.tokens, 'rounds': bench.rounds,
+        'tokens': bench.tokens, 'rounds': bench.rounds, 'model': bench.model,
+        'kv_bytes_per_token': bench.kv_bytes_per_token, 'kv_bytes_formula': bench.kv_bytes_formula,
+        **(quality if bench.target.exact else {}),
     }
-    about = {'method': bench.method, 'dtype': bench.dtype, 'batch': bench.batch, 'lossless': lossless,
+    name = bench.method + (f', the model {bench.model}' if bench.model else '')
+    about = {'method': name, 'dtype': bench.dtype, 'batch': bench.batch, 'lossless': lossless,
              'identical': identical == 1, 'exact_dtype': bench.dtype == 'float32'}
     judge = {k: about[k] for k in ('identical', 'lossless', 'exact_dtype')}
     if not bench.timed:
@@ -60,12 +71,19 @@ def make_row(config, bench: Bench, benches, plain_out, floor, parts, ties: NearT
     ratio = Spread.of([v * p / plain.decoded for v, p in zip(speeds, plain.decode_s, strict=True)])
     ratio_any = Spread.of([v * p / fastest.decoded for v, p in zip(speeds, fastest.decode_s, strict=True)])
     spread = Spread.of(speeds)
-    costs = round_costs(bench, parts[id(bench)], plain, parts[id(plain)])
+    costs = round_costs(bench, parts[id(bench)], own, parts[id(own)])
     word = 'baseline' if bench is plain else verdict.pays(ratio, **judge)
-    line = verdict.explain(pays=word, **about, speedup=ratio, speedup_any_dtype=ratio_any.median,
-                           fastest_plain_dtype=fastest.dtype, mean_accepted=mean_accepted, block=bench.drafter.block,
-                           draft_cost=costs['draft_cost'], verify_cost=costs['verify_cost'],
-                           host_cost=costs.pop('host_cost'))
+    host_cost = costs.pop('host_cost')
+    if bench.model:
+        over_own = Spread.of([v * p / own.decoded for v, p in zip(speeds, own.decode_s, strict=True)])
+        line = verdict.explain_other(pays=word, **about, speedup=ratio, mean_accepted=mean_accepted,
+                                     bits_per_byte=common.get('bits_per_byte'),
+                                     over_own=None if bench is own else over_own)
+    else:
+        line = verdict.explain(pays=word, **about, speedup=ratio, speedup_any_dtype=ratio_any.median,
+                               fastest_plain_dtype=fastest.dtype, mean_accepted=mean_accepted,
+                               block=bench.drafter.block, draft_cost=costs['draft_cost'],
+                               verify_cost=costs['verify_cost'], host_cost=host_cost)
     warm = [d + p for d, p in zip(bench.decode_s, bench.prefill_s, strict=True)]
     return Row(
         tokens_per_s=spread.median, speedup=ratio.median, peak_memory=bench.peak_memory,
@@ -76,8 +94,9 @@ def make_row(config, bench: Bench, benches, plain_out, floor, parts, ties: NearT
         compile_s=max(bench.cold_s - statistics.median(warm), 0.0), speedup_spread=ratio,
         speedup_any_dtype=ratio_any.median,
         # A token over the floor beside it: of a row of the batch, because weights are read once for all of them.
-        over_floor=statistics.median(d / bench.decoded * bench.batch / f
-                                     for d, f in zip(bench.decode_s, bench.floor_s, strict=True)),
+        over_floor=None if bench.model else statistics.median(
+            d / bench.decoded * bench.batch / f for d, f in zip(bench.decode_s, bench.floor_s, strict=True)),
+        predicted_ms=1e3 * bench.bytes_per_round / floor[bench.dtype].bytes_per_s.median,
         bandwidth_share=common['bytes_per_token'] * spread.median / floor[bench.dtype].bytes_per_s.median,
         **costs, **common)
 
@@ -109,24 +128,34 @@ def by_position(accepted: np.ndarray, drafted: np.ndarray) -> list[float]:
 
 
 def agreement(bench: Bench, prompts: list[Prompt], plain_out: dict[int, list[int]]) -> float:
-    """Quality of an approximate target: the share of plain decoding's tokens that it would have chosen itself,
-    given plain decoding's text so far (teacher-forced)."""
+    """Quality of an approximate target: the share of plain decoding's tokens that it would have chosen itself, step by
+    step, given plain decoding's text so far."""
     same = total = 0
+    longest = max(len(plain_out[i]) for i in bench.outputs)
     for i in sorted(bench.outputs):
-        ids = [*prompts[i].ids, *plain_out[i]]
-        padded = np.zeros((1, decode.bucket(len(ids))), np.int32)
-        padded[0, :len(ids)] = ids
-        best = _teacher_forced(bench.target, bench.params, padded)[len(prompts[i].ids) - 1:len(ids) - 1]
+        best = _choices(bench.target, bench.params, prompts[i].ids, plain_out[i], longest)
         same, total = same + int((best == np.array(plain_out[i])).sum()), total + len(plain_out[i])
     return same / total
 
 
-def _teacher_forced(target, params, tokens: np.ndarray) -> np.ndarray:
-    @jax.jit
-    def best(params, tokens):
-        cache = target.init_cache(1, tokens.shape[1], tokens.shape[1])
-        return target.forward(params, tokens, cache).logits[0].argmax(-1)
-    return np.asarray(best(params, tokens))
+def _choices(target, params, prompt: Sequence[int], given: list[int], longest: int) -> np.ndarray:
+    """What the target finds best at each place of `given`. longest: of all texts, so that they share a program."""
+    request = decode.prepare(target, [prompt], max_new_tokens=longest)
+    cache = target.init_cache(1, request.capacity, 0)
+    output = decode.run_prompt(target, (), params, request.tokens, cache, request.lengths)
+    text = np.zeros((1, longest), np.int32)
+    text[0, :len(given)] = given
+    rest = _forced(target, params, output.cache, request.lengths, text)
+    return np.concatenate([output.logits[0].argmax(-1), rest[:, 0]])[:len(given)]
+
+
+@functools.partial(jax.jit, static_argnames='target')
+def _forced(target, params, cache, lengths, text):
+    """Behind prompts of lengths [B], which the cache holds: the best token after each of text [B, M] -> [M - 1, B]."""
+    def step(cache, token):
+        output = target.forward(params, cache.pending[:, None], cache)
+        return caches.commit(output.cache, jnp.zeros_like(lengths), token), output.logits[:, -1].argmax(-1)
+    return jax.lax.scan(step, caches.commit(cache, lengths - 1, text[:, 0]), text.T[1:])[1]
 
 
 class NearTies:
@@ -144,9 +173,9 @@ class NearTies:
         if -1 in (token, expected):
             return Mismatch(prompt, at, expected, token, float('inf'), 0.0, False)
         ids = [*prompts[prompt].ids, *plain[:at]]
-        exact, rounded = self._logits('float32', ids), self._logits('bfloat16', ids)
+        exact = self._logits('float32', ids)
         gap = float(exact[expected] - exact[token])
-        rounding = 0.0 if dtype == 'float32' else float(np.abs(exact - rounded).max())
+        rounding = 0.0 if dtype == 'float32' else float(np.abs(exact - self._logits('bfloat16', ids)).max())
         return Mismatch(prompt, at, expected, token, gap, rounding, abs(gap) <= 2 * rounding)
 
     def _logits(self, dtype: str, ids: list[int]) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +20,10 @@ from backbone import layout
 from backbone.config import ModelConfig
 from backbone.contract import Target
 from backbone.errors import RequestError
+from backbone.formats.tensors import Loaded
 from backbone.model import PlainTarget, unembed
 from backbone.tokenizer import Tokenizer
-from harness import baselines, decode
+from harness import baselines, decode, models
 
 Array = jax.Array
 
@@ -57,7 +58,8 @@ class Scorer:
     """A model to be measured.
 
     params: {'base': ...} and what `target` needs. target: by default the plain model.
-    batch_size: rows a call, less where memory asks for it.
+    batch_size: rows a call, less where memory asks for it. decoder: makes the (target, parameters) that generate, where
+    those that score are not the fastest.
     Errors: TokenizerError where tokenizer and model do not belong together.
     """
 
@@ -67,6 +69,17 @@ class Scorer:
     batch_size: int = 16
     target: Target | None = None
     progress: bool = True
+    decoder: Callable[[], tuple[Target, Any]] | None = None
+
+    @classmethod
+    def of(cls, loaded: Loaded, batch_size: int = 16, progress: bool = True) -> Scorer:
+        """Of a model as `models.load` gives it, its layers stacked: that compiles fastest. Errors: RequestError where
+        it has no tokenizer."""
+        if loaded.tokenizer is None:
+            raise RequestError(f'{loaded.name} has no tokenizer')
+        target, params = models.target(loaded, packed=False)
+        return cls(loaded.config, params, loaded.tokenizer, batch_size, target, progress,
+                   decoder=None if loaded.decodes is None else lambda: models.target(loaded))
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -167,7 +180,9 @@ class Scorer:
 
     @functools.cached_property
     def _decoding(self) -> tuple[Target, Any]:
-        """Target and parameters in the layout that decodes fastest, where the target is the plain model's."""
+        """Target and parameters in the layout that decodes fastest, where that is known."""
+        if self.decoder is not None:
+            return self.decoder()
         if self.target != PlainTarget(self.config) or isinstance(self.params['base']['layers'], tuple):
             return self.target, self.params
         dtype = self.params['base']['embed']['tokens'].dtype

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 
 from backbone.cache import Cache
 from backbone.contract import Drafter, Resume, Target
+from backbone.model import PlainTarget
 from backbone.sampling import GREEDY
-from harness.roofline import matmul_bytes
+from harness.roofline import cache_scalars, matmul_bytes
 
 TARGET_S = 0.1  # a measurement lasts about this long
 MAX_TRIPS = 2000
@@ -90,6 +91,20 @@ def draft_timer(drafter: Drafter, params: Any, cache: Cache, state: Any) -> Time
         return jax.lax.fori_loop(0, trips, body, carry)
 
     return Timer(lambda trips, carry: loop(trips, carry, params), (copy(cache), copy(state), empty))
+
+
+def kv_bytes(target: Target, cache: Cache) -> tuple[float, float | None]:
+    """(bytes a row's cache holds for each token it has room for, the same by formula where the target has one).
+
+    Counted on the cache's own leaves, spare room of rings included. A target that is not the plain model may have
+    `kv_bytes_formula(tokens) -> bytes` of a row with so many tokens.
+    """
+    batch, room = cache.tokens.shape[0], cache.tokens.shape[1] - 1
+    measured = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers)) / batch / room
+    if isinstance(target, PlainTarget):
+        return measured, cache_scalars(target.cfg) * float(jnp.dtype(target.cache_dtype).itemsize)
+    formula = getattr(target, 'kv_bytes_formula', None)
+    return measured, formula(room) / room if formula else None
 
 
 def round_bytes(target: Target, drafter: Drafter, params: Any, cache: Cache, state: Any) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from backbone.errors import ConfigError, TensorMismatch
+from backbone.errors import CheckpointMismatch, ConfigError, TensorMismatch
 from backbone.formats.tensors import flatten, params_hash, unflatten
 from backbone.mesh import AXES, make_mesh, shardings
 from harness import components, optimizer
@@ -81,6 +82,8 @@ def plan(config: Any, mesh: Mesh | None = None, task: Any = None, load: bool = T
                           f'optimizer.accumulate {micro}')
     transform = optimizer.make(config.optimizer)
     loaded = flatten(task.load()) if load and hasattr(task, 'load') else {}
+    if load and config.get('start'):
+        loaded |= trained_before(config.start, task.trainable)
 
     def init(rng: Array, loaded: dict[str, Array]) -> TrainState:
         leaves = flatten(task.init(jax.random.wrap_key_data(rng))) | loaded
@@ -135,6 +138,19 @@ def split(leaves: Mapping[str, Any], trainable: tuple[str, ...]) -> tuple[dict, 
     chosen = {path for path in leaves if any(re.fullmatch(p, path) for p in trainable)}
     return ({path: a for path, a in leaves.items() if path in chosen},
             {path: a for path, a in leaves.items() if path not in chosen})
+
+
+def trained_before(folder: str, trainable: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """What another run trained and this one trains on: the newest checkpoint of its directory, averaged where it is.
+
+    Errors: those of checkpoint.read_part.
+    """
+    from harness import checkpoint
+    try:
+        leaves = checkpoint.read_part(Path(folder) / 'checkpoints', 'ema')[1]
+    except CheckpointMismatch:
+        leaves = {}
+    return split(leaves or checkpoint.read_part(Path(folder) / 'checkpoints', 'params')[1], trainable)[0]
 
 
 def check_loaded(expected: Mapping[str, Any], loaded: Mapping[str, Any]) -> None:

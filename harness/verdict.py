@@ -79,6 +79,21 @@ def explain(*, pays: str, method: str, dtype: str, batch: int, lossless: bool, i
     return f'{cleared}, but the rest of the round ({host_cost:.2f} plain steps) eats the gain.'
 
 
+def explain_other(*, pays: str, method: str, dtype: str, batch: int, lossless: bool, identical: bool, exact_dtype: bool,
+                  speedup: Spread, mean_accepted: float, bits_per_byte: float | None = None,
+                  over_own: Spread | None = None) -> str:
+    """One line about a row that decodes a model of its own. over_own: its speed over plain decoding of that model."""
+    where = f'{method}, {dtype}, batch {batch}'
+    if lossless and exact_dtype and not identical:
+        return f'{where}: NOT LOSSLESS, its float32 output differs from plain decoding of it: a bug, ignore its speed.'
+    word = {'yes': 'faster', 'no': 'slower', 'even': 'no clear difference'}[pays]
+    line = (f'{where}: {word}, {speedup.median:.2f}x (middle half {speedup.q1:.2f} to {speedup.q3:.2f}) of plain '
+            'decoding of the compared model')
+    if over_own is not None:
+        line += f', {over_own.median:.2f}x of its own, {mean_accepted:.2f} tokens accepted a round'
+    return line + ('.' if bits_per_byte is None else f'; {bits_per_byte:.3f} bits a byte on the held-out text.')
+
+
 def usd_per_million(price_per_hour: float, tokens_per_s: float) -> float:
     """Dollars for a million tokens from the price of the whole machine for an hour."""
     return price_per_hour / 3600 / tokens_per_s * 1e6

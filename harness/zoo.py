@@ -6,13 +6,15 @@ Large matrices may lie in int8 with a float32 scale a column, `<path>.scale` bes
 drafter's mistakes cost time, never output. They are loaded as float32.
 
 An artefact belongs to one base model, named by the `params_hash` of its parameters: weights trained on one base
-are noise on another, so the two are held against each other before anything runs.
+are noise on another, so the two are held against each other before anything runs. Or it is a model of its own: its card
+then has 'model' (harness/artefacts.py), and its folder the tokenizer where that is not bytes.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,30 +31,31 @@ from backbone.formats.tensors import flatten, params_hash, unflatten
 ROOT = Path(__file__).resolve().parent.parent / 'zoo'
 MAX_BYTES = 10_000_000  # one artefact, weights and card
 MAX_TOTAL_BYTES = 24_000_000  # the whole zoo, as it is kept in the repository
-WEIGHTS, CARD, SCALE = 'weights.safetensors', 'card.json', '.scale'
+WEIGHTS, CARD, TOKENIZER, SCALE = 'weights.safetensors', 'card.json', 'tokenizer', '.scale'
 
 # What a card must say. metrics: measured on held-out data.
 FIELDS = {'base': str, 'base_hash': str, 'params_hash': str, 'config': dict, 'data': str, 'steps': int, 'seed': int,
           'command': str, 'metrics': dict}
 
 
-def names(root: Path = ROOT) -> list[str]:
+def names(root: Path | None = None) -> list[str]:
     """The artefacts there are."""
-    return sorted(path.parent.name for path in root.glob(f'*/{CARD}'))
+    return sorted(path.parent.name for path in (root or ROOT).glob(f'*/{CARD}'))
 
 
-def load(name: str, base_hash: str, root: Path = ROOT) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(parameter tree of numpy arrays, card) of an artefact trained on the base with this `params_hash`.
+def load(name: str, base_hash: str | None = None, root: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(parameter tree of numpy arrays, card) of an artefact trained on the base with this `params_hash` (None: any).
 
     Errors: FormatError for an unknown name, another base (names both), a card that lacks a field, damaged or
     oversized weights.
     """
+    root = root or ROOT
     folder = root / name
     if name not in names(root):
         raise FormatError(f'{name}: no such artefact in {root}, there are: {", ".join(names(root)) or "none"}')
     card = read_json(folder / CARD)
     _check_card(card, str(folder / CARD))
-    if card['base_hash'] != base_hash:
+    if base_hash not in (None, card['base_hash']):
         raise FormatError(f'{name}: trained on {card["base"]} with parameters {card["base_hash"]}, '
                           f'the base given has {base_hash}')
     _check_size(folder)
@@ -62,22 +65,24 @@ def load(name: str, base_hash: str, root: Path = ROOT) -> tuple[dict[str, Any], 
     return params, card
 
 
-def save(name: str, params: Mapping[str, Any], card: Mapping[str, Any], root: Path = ROOT,
-         overwrite: bool = False, int8: tuple[str, ...] = ()) -> None:
+def save(name: str, params: Mapping[str, Any], card: Mapping[str, Any], root: Path | None = None,
+         overwrite: bool = False, int8: tuple[str, ...] = (), tokenizer: Path | None = None) -> None:
     """Writes an artefact; `params_hash`, of what `load` will give, is added to the card.
 
-    int8: regexes of the matrices that are stored so. Errors: FormatError when a field is missing, it is over
-    MAX_BYTES, it exists already, or the disk refuses.
+    int8: regexes of the matrices that are stored so. tokenizer: a folder that goes with it. Errors: FormatError when a
+    field is missing, it is over MAX_BYTES, it exists already, or the disk refuses.
     """
     leaves = quantise({path: np.ascontiguousarray(leaf) for path, leaf in flatten(params).items()}, int8)
     card = {**card, 'params_hash': params_hash(unflatten(dequantise(leaves)))}
     _check_card(card, name)
     if not name.replace('_', '').replace('-', '').replace('.', '').isalnum() or name.startswith('.'):
         raise FormatError(f'{name}: not a name for an artefact (letters, digits, - _ .)')
-    with staged(root / name, overwrite) as folder:
+    with staged((root or ROOT) / name, overwrite) as folder:
         folder.mkdir()
         (folder / CARD).write_text(json.dumps(card, indent=2) + '\n')
         save_file(leaves, folder / WEIGHTS)
+        if tokenizer is not None:
+            shutil.copytree(tokenizer, folder / TOKENIZER)
         _check_size(folder, name)
 
 

@@ -50,6 +50,7 @@ def main(argv: list[str]) -> None:
         raise RequestError(f'unexpected argument {argv[1]!r}')
     compilation.use_cache()
     loaded = models.load(MODEL.value)
+    loaded.check_plain()
     cfg = loaded.config
     prompt = [(np.arange(40) * 97 % cfg.vocab_size).tolist()]
     rows = []

@@ -69,6 +69,15 @@ class StagFormerTarget:
         layers = state.init(self.cfg, batch, max_len, block, self.cache_dtype, self.form)
         return caches.init_cache(layers, batch, max_len)
 
+    def kv_bytes_formula(self, tokens: int) -> float:
+        """Bytes of keys and values of a row with `tokens` positions: every stack's own, and of each stack that others
+        read as many positions as they see. Two stacks with full cross-attention: half as much again as a plain model's.
+        """
+        cfg = self.cfg
+        own = sum(cfg.depths) * cfg.base.attention.num_kv_heads * tokens
+        read = cfg.cross_sources * cfg.kv_heads * min(tokens, cfg.window or tokens)
+        return 2.0 * cfg.base.attention.head_dim * (own + read) * jnp.dtype(self.cache_dtype).itemsize
+
     def forward(self, params: dict, tokens: Array, cache: caches.Cache, *, resume: Resume | None = None,
                 taps: tuple[str, ...] = (), masks: Mapping[str, Array] | None = None,
                 logits_at: Array | None = None) -> Output:

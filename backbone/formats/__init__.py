@@ -61,6 +61,7 @@ def save(loaded: Loaded, dst: str | Path, kind: str, dtype: str = 'f32', overwri
     Errors: FormatError when `dst` exists and `overwrite` is False, or the form cannot hold the model.
     """
     check_request(dst, kind, dtype, overwrite)
+    loaded.check_plain()
     _WRITERS[kind].write(loaded, dst, dtype, overwrite)
 
 

@@ -159,7 +159,11 @@ def leaf_shapes(cfg: ModelConfig) -> Mapping[str, tuple[int, ...]]:
 
 def check_leaves(cfg: ModelConfig, found: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Errors: TensorMismatch lists every leaf in which {path: shape} differs from the tree of `cfg`."""
-    shapes = leaf_shapes(cfg)
+    check_shapes(leaf_shapes(cfg), found, where)
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Errors: TensorMismatch lists every path in which the two {path: shape} differ."""
     faults = [f'{path} is {list(found[path]) if path in found else "missing"}, expected {list(shape)}'
               for path, shape in shapes.items() if found.get(path) != shape]
     faults += [f'{path} is left over' for path in found if path not in shapes]
@@ -309,13 +313,30 @@ def narrow(block: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model brought into memory. params: base tree of numpy arrays; tokenizer: None where the file has none."""
+    """A model brought into memory. params: base tree of numpy arrays; tokenizer: None where the file has none.
+
+    decodes: of a model that is more than a plain base, what decodes it (harness/models.py); extra: {part: tree} of its
+    parameters beside the base. `base_hash` is then of all of them.
+    """
 
     config: ModelConfig
     params: dict[str, Any] = dataclasses.field(repr=False)
     tokenizer: Any
     name: str
     base_hash: str
+    decodes: Mapping[str, Any] | None = None
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def tree(self) -> dict[str, Any]:
+        """The contract's whole tree: {'base': ...} and the parts beside it."""
+        return {'base': self.params, **self.extra}
+
+    def check_plain(self) -> None:
+        """Errors: FormatError where the base is not the whole model, so that files of plain models cannot hold it."""
+        if self.decodes is not None:
+            raise FormatError(f'{self.name} has no plain form: {self.decodes["factory"]} decodes it, with parameters '
+                              f'beside the base ({", ".join(self.extra) or "none here"})')
 
 
 def check_sizes(cfg: ModelConfig, stored: Mapping[str, Stored], where: str) -> None:

@@ -14,7 +14,7 @@ from backbone.errors import RequestError
 from backbone.sampling import Sampling
 from harness.launch import common
 
-MODEL = common.string_flag('model', 'smollm2-135m', 'Catalogue key, .gguf file, checkpoint or training directory.')
+MODEL = common.string_flag('model', 'smollm2-135m', 'Catalogue key, .gguf file, checkpoint, run, zoo name.')
 DRAFTERS = common.list_flag('drafters', [], 'As --drafter of headway-generate.')
 SETS = common.list_flag('sets', ['mt_bench'], 'mt_bench, vicuna, humaneval.')
 TEMPERATURES = common.list_flag('temperatures', ['0'], '0 is greedy.')

@@ -2,6 +2,8 @@
 
     python -m harness.launch.artefact --workdir=out/tensorhead_smollm2_r4 --name=tensorhead_smollm2_r4 \\
         --int8='factors/(down|up|kernel)' --measured=out/acceptance.json
+
+What a run trains is a drafter, or a model: then --model of the other commands takes its name.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from harness.launch import common
 
 WORKDIR = common.string_flag('workdir', None, 'The training directory, with or without @STEP.')
 NAME = common.string_flag('name', None, 'Of the artefact: a folder of that name in zoo/.')
-INT8 = common.list_flag('int8', [], 'Regexes of the matrices to store in int8 with a scale a column.')
+INT8 = common.list_flag('int8', None, 'Regexes of the matrices to store in int8 with a scale a column. Default: none '
+                        'of a drafter, every kernel and embedding of a model; --int8= is none.')
 NOTE = common.string_flag('note', '', 'What a reader of the card should know.')
 MEASURED = common.string_flag('measured', None, "A file of harness.launch.acceptance: rows whose drafter is NAME or "
                               'WORKDIR enter the card.')
@@ -35,7 +38,8 @@ def main(argv: list[str]) -> None:
         rows = [row for row in rows if row['drafter'] in (NAME.value, WORKDIR.value)]
     card = artefacts.card_of(WORKDIR.value) | ({'note': NOTE.value} if NOTE.value else {})
     card['metrics'] |= {'acceptance': rows} if rows else {}
-    artefacts.to_zoo(NAME.value, WORKDIR.value, card, tuple(INT8.value), overwrite=OVERWRITE.value)
+    int8 = None if INT8.value is None else tuple(INT8.value)
+    artefacts.to_zoo(NAME.value, WORKDIR.value, card, int8, overwrite=OVERWRITE.value)
     print(f'wrote zoo/{NAME.value}')
 
 

@@ -13,7 +13,7 @@ from harness import evaluate as evaluation
 from harness import provenance
 from harness.launch import common
 
-MODEL = common.string_flag('model', 'smollm2-135m', 'Catalogue key, .gguf file, checkpoint or training directory.')
+MODEL = common.string_flag('model', 'smollm2-135m', 'Catalogue key, .gguf file, checkpoint, run, zoo name.')
 TASKS = common.list_flag('tasks', ['ppl:enwik8', 'lambada', 'piqa'],
                          'ppl:enwik8, ppl:stdlib, ppl:gutenberg, ppl:FILE, lambada, piqa, arc_easy, arc_challenge, '
                          'hellaswag, gsm8k.')
@@ -25,15 +25,12 @@ OUT = common.string_flag('out', None, 'Where to write the results as JSON.')
 def main(argv: list[str]) -> None:
     if argv[1:]:
         raise RequestError(f'unexpected argument {argv[1]!r}')
-    from harness import models  # after the flags are known to be good: reading files pulls in much
+    from harness import models, scoring  # after the flags are known to be good: reading files pulls in much
 
     evaluation.check_tasks(TASKS.value)
     loaded = models.load(MODEL.value)
-    if loaded.tokenizer is None:
-        raise RequestError(f'{MODEL.value} has no tokenizer')
     started = time.perf_counter()
-    tasks = evaluation.evaluate(loaded.config, loaded.params, loaded.tokenizer, TASKS.value, LIMIT.value or None,
-                                BATCH_SIZE.value)
+    tasks = evaluation.measure(scoring.Scorer.of(loaded, BATCH_SIZE.value), TASKS.value, LIMIT.value or None)
     for name, measures in tasks.items():
         for measure, value in measures.items():
             if f'{measure}_stderr' in measures:

@@ -15,7 +15,7 @@ from backbone.errors import RequestError
 from backbone.sampling import Sampling
 from harness.launch import common
 
-MODEL = common.string_flag('model', 'smollm2-135m', 'Catalogue key, .gguf file, checkpoint or training directory.')
+MODEL = common.string_flag('model', 'smollm2-135m', 'Catalogue key, .gguf file, checkpoint, run, zoo name.')
 PROMPT = common.string_flag('prompt', None, 'The text to continue.')
 BATCH_FILE = common.string_flag('batch_file', None, 'Prompts: a text file, one a line; .jsonl of {"prompt": ...}; '
                                 'or catalogue:NAME (mt_bench, vicuna, gsm8k, humaneval, stdlib, sharegpt).')

@@ -13,16 +13,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from backbone import model
+from backbone import model, tokenizer, vocabulary
+from backbone.config import ModelConfig
 from backbone.errors import ConfigError, FormatError
+from backbone.formats.tensors import Loaded
 from backbone.model import PlainTarget
 from backbone.presets import PRESETS
 from configs import compare as compare_config
-from harness import artefacts, compare, components, verdict, zoo
+from harness import (
+    artefacts,
+    compare,
+    components,
+    decode,
+    evaluate,
+    models,
+    report,
+    scoring,
+    subjects,
+    verdict,
+    zoo,
+)
+from harness import results as results_module
+from harness.baselines import Autoregressive
 from harness.components import build
+from harness.prompts import Prompt, questions
 from harness.results import Mismatch, Results, Row, Spread
-from harness.rows import NearTies, by_position
+from harness.rows import NearTies, agreement, by_position
+from tests.harness import gained, test_models
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = sorted(p.stem for p in (ROOT / 'configs').glob('compare*.py'))
@@ -206,6 +225,145 @@ def test_a_flip_within_rounding_is_a_near_tie_and_another_is_not():
     assert not NearTies(cfg, base).look('bfloat16', prompts, 0, [], [best], 0).near_tie  # an output that ended early
 
 
+# --- other models ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ShiftedGained(gained.GainedTarget):
+    """Breaks its promise where three tokens are run."""
+
+    packed: bool = True
+    shifts: int = 3  # blocks of so many tokens
+
+    def forward(self, params, tokens, cache, **kwargs):
+        output = super().forward(params, tokens, cache, **kwargs)
+        return output.replace(logits=jnp.roll(output.logits, 1, -1)) if tokens.shape[1] == self.shifts else output
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """Directories of a plain run and of one whose model has gains beside its base; another base, same words."""
+    folder, shape = tmp_path_factory.mktemp('models'), test_models.SHAPE | {'num_layers': 1}
+    test_models.run_directory(folder / 'plain', (3,), model=shape)
+    test_models.run_directory(folder / 'gained', (4,), factory='tests.harness.gained.build', model=shape)
+    (folder / 'text').write_text('abc' * 60)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def of_two_models(runs, tiny_config):
+    """The results, and what plain decoding of the other model says."""
+    config = tiny_config(dtypes=('float32',), identity_batch_sizes=(), time_parts=False, curve=(1,), repeats=1)
+    other, lookup = str(runs / 'gained'), 'harness.baselines.PromptLookup'
+    methods = {'plain': compare_config.method('harness.baselines.Autoregressive'),
+               'other': compare_config.method(model=other),
+               'other_lookup': compare_config.method(lookup, model=other, block=2, max_ngram=1),
+               'broken': compare_config.method(lookup, model=other, block=2, max_ngram=1,
+                                               target=f'{__name__}.ShiftedGained')}
+    with config.unlocked():
+        config.methods, config.model = ConfigDict(methods), str(runs / 'plain')
+        config.quality = ConfigDict({'task': f'ppl:{runs / "text"}', 'limit': 2})
+    prompts = [Prompt(text, tuple(text.encode())) for text in ('abcab', 'bcabc')]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, 'load_prompts', lambda *_: prompts)
+        results = compare.run(config, progress=False)
+    target, params = models.target(models.load(other))
+    made = decode.generate(target, Autoregressive(), params, [p.ids for p in prompts], max_new_tokens=8)
+    return results, made.tokens
+
+
+def test_another_model_is_held_against_itself(of_two_models):
+    results, plain = of_two_models
+    rows = {row.method: row for row in results.rows}
+    assert [p['plain_output'] for p in results.prompts] != plain, 'the two models say different things'
+    assert rows['plain'].pays == 'baseline' and rows['plain'].model == ''
+    for name in ('other', 'other_lookup'):
+        assert rows[name].identical_rate == 1 and rows[name].model == results.config['methods'][name]['model'] != ''
+        assert rows[name].pays in ('yes', 'no', 'even') and 'of the compared model' in rows[name].verdict
+    assert rows['other_lookup'].mean_accepted_tokens > 1 and 'of its own, ' in rows['other_lookup'].verdict
+    assert 'of its own, ' not in rows['other'].verdict
+    broken = rows['broken']
+    assert broken.identical_rate < 1 and broken.pays == 'no' and 'NOT LOSSLESS' in broken.verdict
+    first = broken.mismatches[0]
+    assert first.plain_token == plain[first.prompt][first.position] != first.token and not first.near_tie
+
+
+def test_the_quality_of_both_models_stands_beside_their_speed(of_two_models, runs):
+    rows = {row.method: row for row in of_two_models[0].rows}
+    task = f'ppl:{runs / "text"}'
+    for name, folder in (('plain', 'plain'), ('other', 'gained')):
+        scorer = scoring.Scorer.of(models.load(runs / folder), progress=False)
+        want = evaluate.measure(scorer, [task], 2)[task]
+        assert (rows[name].perplexity, rows[name].bits_per_byte) == (want['perplexity'], want['bits_per_byte'])
+    assert rows['plain'].bits_per_byte != rows['other'].bits_per_byte == rows['other_lookup'].bits_per_byte
+    # A cache holds what its formula says: keys and values of 1 layer, 1 head of 8, in float32.
+    assert {row.kv_bytes_per_token for row in rows.values()} == {row.kv_bytes_formula for row in rows.values()} == {64}
+    assert all(row.predicted_ms > 0 for row in rows.values())
+    text = report.table(of_two_models[0])
+    assert all(word in text for word in ('bits/byte', 'perplexity', 'cache', 'formula', 'predicted'))
+    assert 'bits a byte on the held-out text' in text
+    assert '<th scope="col">bits/byte' in report.html(of_two_models[0], {})
+    assert Results.from_dict(of_two_models[0].to_dict()).rows == of_two_models[0].rows
+
+
+def test_agreement_is_counted_step_by_step(of_two_models, runs):
+    """A target that is wrong in blocks alone agrees; one that is wrong in steps has its prompt's token right."""
+    plain = dict(enumerate(of_two_models[1]))
+    prompts = [Prompt(text, tuple(text.encode())) for text in ('abcab', 'bcabc')]
+    loaded = models.load(runs / 'gained')
+    for size, share in ((3, 1), (1, 1 / 8)):
+        target = ShiftedGained(loaded.config, shifts=size)
+        row = types.SimpleNamespace(target=target, params=models.pack(loaded), outputs=plain)
+        assert agreement(row, prompts, plain) == share
+
+
+def test_columns_of_models_are_not_there_without_any(tiny_results):
+    assert report.columns(tiny_results.rows) == report.COLUMNS
+
+
+def test_a_file_from_before_reads(tiny_results):
+    data = json.loads(json.dumps(tiny_results.to_dict()))
+    for row in data['rows']:
+        for field in results_module.LATER:
+            del row[field]
+    assert [row.model for row in Results.from_dict(data).rows] == [''] * len(data['rows'])
+    del data['model']
+    with pytest.raises(FormatError, match="missing field 'model'"):
+        Results.from_dict(data)
+
+
+def test_prompts_of_a_file_are_continued_as_they_are(tmp_path):
+    """Models without a chat template take these."""
+    source = tmp_path / 'prompts.txt'
+    source.write_text('one\nfour words are here\ntwo\n')
+    found = questions(str(source), 2, tokenizer.of_bytes(), max_tokens=3)
+    assert [(p.name, bytes(p.ids)) for p in found] == [('prompts.txt/1', b'one'), ('prompts.txt/3', b'two')]
+    with pytest.raises(ConfigError, match='unknown .*absent.txt'):
+        questions(str(tmp_path / 'absent.txt'), 1, tokenizer.of_bytes())
+    with pytest.raises(ConfigError, match='has 3 questions'):
+        questions(str(source), 4, tokenizer.of_bytes())
+
+
+def test_models_that_cannot_be_compared_are_named(runs, tiny_config):
+    other = models.load(runs / 'gained')
+    words = tokenizer.from_merges([*vocabulary.byte_tokens(), 'ab', tokenizer.END_OF_TEXT], [])
+    with pytest.raises(ConfigError, match='gained@4 and mine do not have the same tokenizer'):
+        subjects.check_same_words(dataclasses.replace(other, name='mine', tokenizer=words), other)
+    with pytest.raises(ConfigError, match='gained@4 beside random: random has no tokenizer'):
+        subjects.check_same_words(dataclasses.replace(other, name='random', tokenizer=None), other)
+    config = tiny_config(dtypes=('float32',), identity_batch_sizes=())
+    with config.unlocked():
+        config.model = str(runs / 'plain')
+        config.methods = ConfigDict({'plain': compare_config.method('harness.baselines.Autoregressive'),
+                                     'drafted': compare_config.method('harness.baselines.PromptLookup',
+                                                                      model=str(runs / 'gained'), block=2)})
+    with pytest.raises(ConfigError, match='methods.drafted: no row decodes .*gained plainly'):
+        compare.make_benches(config, subjects.load(config), 2)
+    config.quality.task = 'piqa'
+    with pytest.raises(ConfigError, match='quality.task'):
+        compare.check(config)
+
+
 # --- verdicts --------------------------------------------------------------------------------------------------
 
 
@@ -291,8 +449,9 @@ def test_every_config_builds(name, variant, monkeypatch):
     module = importlib.import_module(f'configs.{name}')
     config = module.get_config(variant)
     compare.check(config)
-    cfg = PRESETS['smollm2-135m'] if not variant else compare.ModelConfig.from_dict(config.random_model.to_dict())
-    benches = compare.make_benches(config, cfg, dict.fromkeys(config.dtypes), config.prompts.count)
+    cfg = PRESETS['smollm2-135m'] if not variant else ModelConfig.from_dict(config.random_model.to_dict())
+    main = subjects.Subject(Loaded(cfg, {}, None, 'main', ''), {dtype: {'base': None} for dtype in config.dtypes})
+    benches = compare.make_benches(config, {'': main}, config.prompts.count)
     assert {b.dtype for b in benches} == {'float32', 'bfloat16'}
     assert f'--config=configs/{name}.py' in module.__doc__ and 'minute' in module.__doc__
 

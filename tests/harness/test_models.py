@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,13 +10,36 @@ import ml_collections
 import ml_dtypes
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from backbone import formats, lora, model, tokenizer
 from backbone.config import ModelConfig
-from backbone.errors import CheckpointMismatch, FormatError, NoValidCheckpoint, TokenizerError
+from backbone.errors import (
+    CheckpointMismatch,
+    FormatError,
+    NoValidCheckpoint,
+    RequestError,
+    TensorMismatch,
+    TokenizerError,
+)
 from backbone.formats.tensors import flatten, unflatten
+from backbone.sampling import GREEDY
 from configs import training
-from harness import checkpoint, convert, models, train, train_step
+from harness import (
+    artefacts,
+    checkpoint,
+    convert,
+    generation,
+    models,
+    scoring,
+    train,
+    train_step,
+    zoo,
+)
+from harness.launch import artefact as artefact_cli
+from harness.metrics import ROWS
+from tests.harness import gained
 
 TINY = Path(__file__).resolve().parents[1] / 'golden' / 'tiny'
 SHAPE = training.llama(vocab=257, hidden=16, layers=2, heads=2, kv_heads=1, intermediate=24, max_seq_len=64)
@@ -53,7 +77,7 @@ def run_directory(folder: Path, steps=(3, 5), ema=0.0, seed=0, factory=None, **k
     """What headway-train leaves behind after those steps; returns the trained leaves saved at each."""
     config = training.defaults()
     config.seed, config.ema_decay = seed, ema
-    config.task.kwargs = ml_collections.ConfigDict({} if factory else {'model': SHAPE} | kwargs)
+    config.task.kwargs = ml_collections.ConfigDict(kwargs if factory else {'model': SHAPE} | kwargs)
     config.task.factory = factory or config.task.factory
     train.claim(folder, config, True)
     tokenizer.of_bytes().save(folder / models.TOKENIZER)
@@ -166,3 +190,153 @@ def test_errors_name_what_is_wrong(tmp_path, plain):
     (tmp_path / 'x' / 'tokenizer' / 'tokenizer.json').write_text('{')
     with pytest.raises(TokenizerError, match='damaged'):
         models.load(tmp_path / 'x')
+
+
+# --- models that are more than a plain base ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """(folder of a run whose model has gains beside its base, what it trained)."""
+    folder = tmp_path_factory.mktemp('runs') / 'gained'
+    saved = run_directory(folder, (4,), factory='tests.harness.gained.build', model=SHAPE)[0]
+    (folder / ROWS).write_text(json.dumps({'kind': 'eval', 'step': 4, 'loss': 5.5}) + '\n')
+    return folder, saved
+
+
+@pytest.fixture
+def empty_zoo(tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, 'ROOT', tmp_path / 'zoo')
+
+
+TOKENS = np.array([[5, 80, 3, 256, 7, 7, 9]], np.int32)
+
+
+def reference(leaves: dict, tokens=TOKENS) -> np.ndarray:
+    cfg = ModelConfig.from_dict(SHAPE)
+    return np.asarray(jax.jit(lambda tree, tokens: gained.logits(cfg, tree, tokens))(unflatten(leaves), tokens))
+
+
+def said(target, params) -> np.ndarray:
+    return np.asarray(jax.jit(lambda p: target.forward(p, TOKENS, target.init_cache(1, 8, 0)).logits)(params))
+
+
+def test_the_whole_model_of_a_run(whole):
+    folder, saved = whole
+    loaded = models.load(folder)
+    assert flatten(loaded.tree).keys() == saved.keys() and list(loaded.extra) == ['gained']
+    assert loaded.base_hash == formats.params_hash(loaded.tree) != formats.params_hash(loaded.params)
+    assert models.load(folder, ml_dtypes.bfloat16).extra['gained']['words'].dtype == ml_dtypes.bfloat16
+    want = reference(saved)
+    for packed in (True, False):
+        target, params = models.target(loaded, packed=packed)
+        np.testing.assert_allclose(said(target, params), want, rtol=1e-4, atol=1e-4)
+        assert isinstance(params['base']['layers'], tuple) == packed
+    plain = said(*models.target(dataclasses.replace(loaded, decodes=None, extra={})))
+    assert np.abs(plain - want).max() > 0.1, 'its base alone is another model'
+    assert models.target(loaded, 'bfloat16')[0].cache_dtype == 'bfloat16'
+
+
+def test_a_plain_model_is_decoded_as_ever(plain):
+    loaded = models.load(plain[0])
+    target, params = models.target(loaded, 'bfloat16')
+    assert target == model.PlainTarget(loaded.config, 'bfloat16', stacked=False) and list(params) == ['base']
+    target, params = models.target(loaded, packed=False)
+    assert target == model.PlainTarget(loaded.config) and params == {'base': loaded.params}
+
+
+def test_generating_and_scoring_run_the_whole_model(whole, capsys):
+    folder, saved = whole
+    session = generation.Session.load(str(folder), 'prompt_lookup', ['block=2'], 'float32')
+    loaded = models.load(folder)
+    lossless = session.run(['abab'], 6, GREEDY, stream=False).tokens[0]
+    best, base_best = (reference(leaves, np.array([list(b'abab') + lossless]))[0].argmax(-1)[3:-1].tolist()
+                       for leaves in (saved, saved | {'gained/words': np.float32(1)}))
+    assert lossless == best != base_best, 'what the whole model says, not its base'
+    scorer = scoring.Scorer.of(loaded, progress=False)
+    found = scorer.score([scoring.Row(tuple(map(int, TOKENS[0])), 1)])[0].logprobs
+    law = jax.nn.log_softmax(reference(saved)[0], axis=-1)
+    np.testing.assert_allclose(found, np.asarray(law)[np.arange(6), TOKENS[0, 1:]], rtol=1e-4, atol=1e-4)
+    assert scorer.generate(['abab'], max_new_tokens=6) == [scorer._text(lossless)]
+    with pytest.raises(RequestError, match='EarlyExit drafts with the layers of a plain model, and gained@4'):
+        generation.Session.load(str(folder), 'early_exit', [], 'float32')
+
+
+def test_a_whole_model_has_no_plain_form(whole, tmp_path):
+    for form in formats.KINDS:
+        with pytest.raises(FormatError, match='gained@4 has no plain form: .*gained'):
+            convert.convert(str(whole[0]), tmp_path / form, form)
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_of_another_shape_are_named(whole, tmp_path, monkeypatch):
+    task = gained.Gained.init
+    monkeypatch.setattr(gained.Gained, 'init', lambda self, rng: task(self, rng) | {
+        'gained': {'words': np.ones(9), 'more': np.ones(2)}})
+    with pytest.raises(TensorMismatch, match=r'gained/words is \[257\], expected \[9\]'):
+        models.load(whole[0])
+
+
+@pytest.mark.parametrize('kind', ('whole', 'plain'))
+def test_a_model_in_the_zoo(kind, request, empty_zoo):
+    """Written by the command, read by name; int8 makes it another model, and its hash is that model's."""
+    folder, saved = request.getfixturevalue(kind)
+    (folder / ROWS).write_text(json.dumps({'kind': 'eval', 'step': 5, 'loss': 5.5}) + '\n')
+    flags.FLAGS(['artefact'])
+    with flagsaver.flagsaver(workdir=str(folder), name='little', int8=None):
+        artefact_cli.main(['artefact'])
+    run, found = models.load(folder), models.load('little')
+    card = zoo.load('little')[1]
+    assert card['base'] == 'itself' and card['base_hash'] == found.base_hash != run.base_hash
+    assert found.decodes == run.decodes and found.config == run.config
+    assert found.tokenizer.encode('aé') == [97, 195, 169]
+    before, after = flatten(run.tree), flatten(found.tree)
+    changed = {path for path in before if (before[path] != after[path]).any()}
+    assert changed == {path for path in before if path.endswith('/kernel') or path == 'base/embed/tokens'}
+    target, params = models.target(found)
+    want = reference(after if kind == 'whole' else after | {'gained/words': np.float32(1)})
+    np.testing.assert_allclose(said(target, params), want, rtol=1e-4, atol=1e-4)
+    with flagsaver.flagsaver(workdir=str(folder), name='exact', int8=[]):
+        artefact_cli.main(['artefact'])
+    assert models.load('exact').base_hash == run.base_hash
+    if kind == 'plain':
+        assert found.base_hash == formats.params_hash(found.params)
+
+
+def test_the_tokenizer_of_a_run_goes_with_it(plain, empty_zoo, tmp_path):
+    folder = tmp_path / 'other'
+    shutil.copytree(plain[0], folder)
+    config = json.loads((folder / 'config.json').read_text())
+    config['config']['data']['tokenizer'] = 'somewhere/else'
+    (folder / 'config.json').write_text(json.dumps(config))
+    card = {'base': '', 'config': {}, 'data': '', 'steps': 5, 'seed': 0, 'command': '', 'metrics': {}}
+    artefacts.to_zoo('little', folder, card, None)
+    assert (zoo.ROOT / 'little' / 'tokenizer' / 'tokenizer.json').is_file()
+    assert models.load('little').tokenizer.encode('aé') == [97, 195, 169]
+    (folder / 'tokenizer' / 'large').write_bytes(bytes(zoo.MAX_BYTES))
+    with pytest.raises(FormatError, match='an artefact may have'):
+        artefacts.to_zoo('large', folder, card, None)
+    assert zoo.names() == ['little']
+
+
+def test_an_artefact_that_drafts_is_no_model_and_the_other_way_round(whole, empty_zoo):
+    card = {'base': 'some-model', 'base_hash': 'a' * 64, 'config': {}, 'data': '', 'steps': 5, 'seed': 0, 'command': '',
+            'metrics': {}}
+    zoo.save('head', {'w': np.ones(2, np.float32)}, card | {'drafter': {}})
+    with pytest.raises(FormatError, match='head: this artefact drafts for some-model, it is not a model'):
+        models.load('head')
+    artefacts.to_zoo('little', whole[0], card, None)
+    with pytest.raises(FormatError, match='little: this artefact drafts nothing'):
+        artefacts.find('little', ModelConfig.from_dict(SHAPE), models.load('little').base_hash)
+    path = zoo.ROOT / 'little' / zoo.CARD
+    for where, key in (((), 'config'), (('decodes',), 'pack')):
+        broken = json.loads(path.read_text())
+        at = broken['model']
+        for name in where:
+            at = at[name]
+        kept = path.read_text()
+        del at[key]
+        path.write_text(json.dumps(broken))
+        with pytest.raises(FormatError, match=f'card.json: {key} is missing'):
+            models.load('little')
+        path.write_text(kept)
