@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,18 +46,25 @@ def next_token_chunked(to_logits: Callable[[Array], Array], hidden: Array, targe
     to_logits: [B, chunk, d] -> [B, chunk, V]. The backward pass makes each chunk's logits again, so that [B, S, V]
     never exists. Errors: ConfigError where chunk does not divide S.
     """
-    batch, size = targets.shape
+    return summed(lambda h, t, w: next_token(to_logits(h), t, w), (hidden, targets, weights), chunk)
+
+
+def summed(sums_of: Callable[..., Any], arrays: tuple[Array, ...], chunk: int) -> Any:
+    """sums_of(*arrays), sums over the positions of arrays [B, S, ...], `chunk` positions at a time; 0: all at once.
+
+    The backward pass makes each chunk again. Errors: ConfigError where chunk does not divide S.
+    """
+    batch, size = arrays[0].shape[:2]
     if not 0 < chunk < size:
-        return next_token(to_logits(hidden), targets, weights)
+        return sums_of(*arrays)
     if size % chunk:
         raise ConfigError(f'loss_chunk {chunk} does not divide {size} tokens')
 
     @jax.checkpoint
-    def add(sums: TokenSums, part):
-        h, t, w = part
-        return jax.tree.map(jnp.add, sums, next_token(to_logits(h), t, w)), None
+    def add(total: Any, part: tuple[Array, ...]):
+        return jax.tree.map(jnp.add, total, sums_of(*part)), None
 
-    parts = jax.tree.map(lambda a: a.reshape(batch, -1, chunk, *a.shape[2:]).swapaxes(0, 1), (hidden, targets, weights))
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    sums, _ = jax.lax.scan(add, TokenSums(*(jnp.zeros((), wide),) * 4), parts)
-    return sums
+    parts = jax.tree.map(lambda a: a.reshape(batch, -1, chunk, *a.shape[2:]).swapaxes(0, 1), arrays)
+    like = jax.eval_shape(sums_of, *jax.tree.map(lambda a: a[0], parts))
+    total, _ = jax.lax.scan(add, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like), parts)
+    return total

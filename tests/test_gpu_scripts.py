@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -10,12 +11,13 @@ import sys
 from safetensors.numpy import load_file
 
 ROOT = pathlib.Path(__file__).parents[1]
+QUICK_COMPILE = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 
 
-def run(script, *args, xla_flags=''):
+def run(script, *args):
     done = subprocess.run([sys.executable, f'scripts/gpu/{script}', '--tiny', *args], cwd=ROOT, text=True,
                           capture_output=True, timeout=300, env=os.environ | {
-                              'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': xla_flags, 'PYTHONPATH': str(ROOT)})
+                              'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': QUICK_COMPILE, 'PYTHONPATH': str(ROOT)})
     assert done.returncode == 0, done.stderr
 
 
@@ -30,8 +32,7 @@ def test_train_135m(tmp_path):
 
 def test_train_tensorhead(tmp_path):
     run('train_tensorhead.py', '--heads=r2', '--steps=12', '--batch=1', '--timed=1', '--repeats=2',
-        '--logits_gib=0.0006', '--max_new_tokens=16', '--piece_bytes=9000', f'--out={tmp_path}',
-        xla_flags='--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true')
+        '--logits_gib=0.0006', '--max_new_tokens=16', '--piece_bytes=9000', f'--out={tmp_path}')
     report = json.loads((tmp_path / 'train_tensorhead.json').read_text())
     head, decoding = report['heads']['r2'], report['decoding']
     assert head['accumulate'] == 2 and len(head['step_ms']) == 2 and head['curve'][-1][0] == 12
@@ -51,3 +52,21 @@ def test_train_tensorhead(tmp_path):
         joined.setdefault(key.rpartition(':')[0], []).append(part)
     assert {path: (sum(map(len, parts)), *parts[0].shape[1:]) for path, parts in joined.items()} == {
         'gate/kernel': (64, 2), 'gate/bias': (2,), 'factors/down': (3, 2, 64, 8), 'factors/up': (3, 2, 8, 64)}
+
+
+def test_train_stagformer(tmp_path):
+    run('train_stagformer.py', '--models=separate,p9', '--save=separate', '--forms=tuple', '--piece_bytes=20000',
+        '--scale=30m', f'--out={tmp_path}')
+    report = json.loads((tmp_path / 'train_stagformer.json').read_text())
+    made, failed = report['runs']
+    assert made['steps'] == 10 and made['curve'][-1][1] < made['curve'][0][1] and made['scale'] == 'toy'
+    assert abs(made['bits_per_byte'] * math.log(2) - made['nll']) < 1e-6, 'a byte a token'
+    assert failed['error'].startswith('ConfigError: depths')
+    assert [json.loads(line)['model'] for line in (tmp_path / 'rows.jsonl').read_text().splitlines()] == ['separate']
+    pieces = [load_file(tmp_path / name) for name in made['files']]
+    assert all(sum(a.nbytes for a in piece.values()) <= 20000 for piece in pieces)
+    assert sum(a.size for piece in pieces for a in piece.values()) == made['parameters']
+    rows = report['decoding']['tiny']['rows']
+    assert [row['name'] for row in rows] == ['dense', 'half', 'separate', 'separate, window 128', 'shared',
+                                             'shared, window 128', 'recurrent']
+    assert rows[0]['ratio']['min'] == 1 and all(row['ms']['min'] > 0 < row['predicted_ms'] for row in rows)

@@ -13,10 +13,14 @@ row twice. Prompts are token ids of the config's tokenizer, padded with zeros, a
 from __future__ import annotations
 
 import itertools
+import pathlib
+import sys
 
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from harness import data
 from harness.prompts import questions
@@ -49,8 +53,14 @@ def main(argv: list[str]) -> None:
     joined = {k: np.concatenate([b[k] for b in batches])[:wanted] for k in batches[0]}
     np.savez_compressed(OUT.value, tokens=joined['tokens'].astype(whole), targets=joined['targets'].astype(whole),
                         segments=joined['segments'].astype(np.uint16), positions=joined['positions'].astype(np.uint16),
-                        weights=joined['weights'].astype(np.uint8))
+                        weights=joined['weights'].astype(np.uint8), bytes=text_bytes(joined, tokenizer))
     print(f'wrote {len(joined["tokens"])} rows to {OUT.value}')
+
+
+def text_bytes(rows: dict[str, np.ndarray], tokenizer) -> np.ndarray:
+    """[rows] uint32: bytes of text that the targets which count stand for, for losses in bits a byte."""
+    sizes = data.target_bytes(tokenizer)[rows['targets']]
+    return np.where(rows['weights'] > 0, sizes, 0).sum(-1).astype(np.uint32)
 
 
 if __name__ == '__main__':

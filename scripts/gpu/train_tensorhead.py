@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import pathlib
 import statistics
+import sys
 import time
 
 import jax
@@ -24,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from safetensors.numpy import save_file
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from backbone import formats, layout
 from backbone.formats.tensors import flatten
