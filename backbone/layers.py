@@ -141,7 +141,7 @@ def glu(cfg: MlpConfig, gate: Array, up: Array) -> Array:
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Array:
     """Radians per position, [hd/2]; Llama-3 scaling stretches the slow ones and blends in between."""
-    freqs = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    freqs = theta ** (-jnp.arange(0, head_dim, 2, dtype=float) / head_dim)  # as wide as the process is
     if scaling is None:
         return freqs
     turns = scaling.original_max_seq_len * freqs / (2 * jnp.pi)  # full turns within the original context

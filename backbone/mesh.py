@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from backbone.config import ModelConfig
@@ -49,12 +49,20 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r'.*tensorhead/(first|later)/(kernel_t|down_t)', (None, 'component', None, 'mlp')),
     (r'.*tensorhead/(first|later)/up', (None, 'component', 'mlp', None)),
     (r'.*tensorhead/unembed', ('vocab', 'embed')),
-    (r'.*layers/(k|v)', ('batch', 'kv_heads', None, None)),  # the cache
+    # The cross-attention of stacks (stagformer/model.py), and as it decodes on stages (stagformer/layout.py).
+    (r'.*cross/(\d+/)?q/kernel', ('embed', 'heads')),
+    (r'.*cross/(\d+/)?[kv]/kernel', ('embed', 'kv_heads')),
+    (r'.*cross/(\d+/)?o/kernel', ('heads', 'embed')),
+    (r'.*publish/kernel', ('embed', None, 'kv_heads')),
+    (r'.*layers/((self|cross|\d+)/)*(k|v)', ('batch', 'kv_heads', None, None)),  # the cache
     (r'.*', ()),
 )
 
+# A plain model's stacked layers: neighbours in depth lie on the same stage, where there are stages.
+_STACKED = r'(.*/)?base/layers/(?!\d+/).*'
+
 MESH_AXIS = {'vocab': 'model', 'heads': 'model', 'kv_heads': 'model', 'mlp': 'model', 'batch': 'data',
-             'component': 'expert'}
+             'component': 'expert', 'layer': 'stage'}
 
 
 def make_mesh(stage: int = 1, data: int = 1, expert: int = 1, model: int = 1,
@@ -87,16 +95,25 @@ def shardings(cfg: ModelConfig, tree: Any, mesh: Mesh, fsdp: bool = False) -> An
     fsdp: also split the 'embed' axis over `data`. What an axis does not divide is replicated, with one warning for
     each such axis and number.
     """
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(cfg, tree, mesh, fsdp))
+
+
+def specs(cfg: ModelConfig, tree: Any, mesh: Mesh | AbstractMesh, fsdp: bool = False,
+          also: Callable[[str, P], P] = lambda path, spec: spec) -> Any:
+    """The same as PartitionSpecs, one entry a dimension. also: the last word on a leaf, by its '/'-joined path."""
     undivided: dict[tuple, str] = {}
 
     def one(path, leaf):
         name = '/'.join(_key(k) for k in path)
         axes = next(axes for pattern, axes in RULES if re.fullmatch(pattern, name))
         axes = (None,) * (len(leaf.shape) - len(axes)) + tuple(axes)
+        if re.fullmatch(_STACKED, name) and leaf.shape[0] % mesh.shape['stage'] == 0:
+            axes = ('layer', *axes[1:])
         places = [_place(cfg, mesh, axis, size, fsdp) for axis, size in zip(axes, leaf.shape, strict=True)]
         for units, axis, target in [p for p in places if isinstance(p, tuple)]:
             undivided.setdefault((units, axis, target), name)
-        return NamedSharding(mesh, P(*(p if isinstance(p, str) else None for p in places)))
+        return also(name, P(*(p if isinstance(p, str) else None for p in places)))
+
     placed = jax.tree_util.tree_map_with_path(one, tree)
     for (units, axis, target), name in undivided.items():
         warnings.warn(f'{name}: {units} {axis} are not divided by {target}={mesh.shape[target]}; replicated',

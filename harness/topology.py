@@ -49,7 +49,7 @@ def get(name: str) -> tuple[list[jax.Device], Device]:
 
 
 def _tpu(name: str, shape: tuple[int, ...]) -> list[jax.Device]:
-    options = {'chips_per_host_bounds': (1, 1, 1)} if math.prod(shape) == 1 else {}
+    options = {'chips_per_host_bounds': (*shape, 1, 1)[:3]} if math.prod(shape) < 4 else {}  # less than a host
     with _quiet():
         os.environ['TPU_LIBRARY_PATH'] = str(library())
         try:

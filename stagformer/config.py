@@ -93,6 +93,13 @@ class StagFormerConfig:
         return self.cross_kv_heads or self.base.attention.num_kv_heads
 
     @property
+    def apart(self) -> StagFormerConfig:
+        """The same model where every stack has a copy of its own of shared weights."""
+        if not self.shared:
+            return self
+        return dataclasses.replace(self, shared=False, base=self.base.replace(num_layers=sum(self.depths)))
+
+    @property
     def equal(self) -> bool:
         return len(set(self.depths)) == 1
 

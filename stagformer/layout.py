@@ -4,7 +4,8 @@ Forms of 'side by side', which step.py treats alike:
     tuple    one item a stack. For a CPU, where each product is a call of C, and for what is uneven (depths, all_prev)
     arrays   a leading stack axis, so that layer k of all stacks is one batched product. For GPUs and TPUs
     staged   arrays to be split over the 'stage' axis of a mesh: every stack has a cross-attention, the first one's is
-             zero and adds exactly nothing; shared weights are repeated, one copy a stage
+             zero and adds exactly nothing; shared weights are repeated, one copy a stage; nothing is fused, so that
+             heads and neurons can also be split over the mesh
 
 Shared weights stay one copy in either: the stacks then go through them as rows of one batch.
 
@@ -12,6 +13,7 @@ Shared weights stay one copy in either: the stacks then go through them as rows 
     stagformer.cross[k]  {norm, q, o} of the stacks above the first
     stagformer.publish   a kernel [d, depth * 2 * KH * hd] for each stack above the first and each stack it reads:
                          keys and values of all its layers, from one output, in one product
+                         (staged: [d, depth * 2, KH * hd])
     stagformer.context_norm, mix                                as in storage
 """
 
@@ -39,7 +41,7 @@ def pack(cfg: StagFormerConfig, params: dict, dtype: Any = jnp.float32, form: st
     check_form(cfg, form)
     staged, arrays = form == 'staged', form != 'tuple'
     native = form == 'tuple' and native_here()
-    plain = layout.pack(params['base'], dtype, native)
+    plain = _unfused(params['base'], dtype) if staged else layout.pack(params['base'], dtype, native)
     side = _as_array if arrays else tuple
     if not cfg.shared:
         at = [sum(cfg.depths[:s]) for s in range(cfg.stacks)]
@@ -60,7 +62,8 @@ def pack(cfg: StagFormerConfig, params: dict, dtype: Any = jnp.float32, form: st
     cross = tuple(side([turn(jax.tree.map(lambda a: small(a[k]), {n: view[n] for n in ('norm', 'q', 'o')}))
                         for view, depth in zip(views, depths, strict=True) if k < depth])
                   for k in range(max(depths)))
-    publish = [tuple(turn({'kernel': jnp.asarray(_joined(view, i), dtype)})
+    joined = _by_head if staged else _joined
+    publish = [tuple(turn({'kernel': jnp.asarray(joined(view, i), dtype)})
                      for i in range(view['k']['kernel'].shape[1])) for view in views]
     rest = {name: jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)
             for name, tree in params['stagformer'].items() if name != 'cross'}
@@ -102,6 +105,19 @@ def build(model: dict, params: dict, dtype: Any) -> dict:
 
 def _as_array(items: list) -> Any:
     return jax.tree.map(lambda *a: jnp.stack(a), *items)
+
+
+def _unfused(params: dict, dtype: Any) -> dict:
+    layers = params['layers']
+    depth = jax.tree.leaves(layers)[0].shape[0]
+    packed = params | {'layers': tuple(jax.tree.map(lambda a: a[k], layers) for k in range(depth))}
+    return jax.tree.map(lambda a: jnp.asarray(a, dtype if a.ndim > 1 else jnp.float32), packed)
+
+
+def _by_head(view: dict, source: int) -> Array:
+    """k and v kernels [depth, sources, d, W] -> [d, depth * 2, W] of one source."""
+    pair = jnp.stack([view[name]['kernel'][:, source] for name in ('k', 'v')], 1)
+    return pair.transpose(2, 0, 1, 3).reshape(pair.shape[2], -1, pair.shape[3])
 
 
 def _joined(view: dict, source: int) -> Array:

@@ -178,7 +178,7 @@ def stack_outputs(cfg: StagFormerConfig, params: dict, tokens: Array, *, segment
     x = embed(cfg.base, params['base'], tokens, ctx.positions)
     found: list[Array] = []
     for s, depth in enumerate(cfg.depths):
-        layer_fn = block if s == 0 else staggered_layer(cfg, _looking_at(
+        layer_fn = block if s == 0 else staggered_layer(cfg, looking_at(
             cfg, [context_of(cfg, params, i, found[i]) for i in cfg.sources(s)], mask, ctx))
         h, _, _ = run_layers(cfg.base.replace(num_layers=depth), {'layers': stack_layers(cfg, params, s)}, x, None, ctx,
                              layer_fn=wrap(layer_fn))
@@ -186,7 +186,7 @@ def stack_outputs(cfg: StagFormerConfig, params: dict, tokens: Array, *, segment
     return found
 
 
-def _looking_at(cfg: StagFormerConfig, contexts: Sequence[Array], mask: Array, ctx: Context) -> Callable:
+def looking_at(cfg: StagFormerConfig, contexts: Sequence[Array], mask: Array, ctx: Context) -> Callable:
     """The `look` of a pass without a cache: every layer projects the whole contexts."""
     mask = jnp.concatenate([mask] * len(contexts), -1)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from backbone import cache as caches
 from backbone.cache import KVState
 from backbone.layers import Context, make_context
-from backbone.matmul import dense
+from backbone.matmul import dense, product
 from backbone.model import embed, run_layers
 from stagformer import state as states
 from stagformer.config import StagFormerConfig
@@ -97,8 +97,11 @@ def publish(cfg: StagFormerConfig, params: dict, s: int, layers: Any, contexts: 
 
 def published(cfg: StagFormerConfig, p: dict, context: Array, rope: tuple[Array, Array] | None) -> tuple[KVState, ...]:
     """Keys and values [B, S, KH, hd] of every layer of a stack, from context [B, S, d] in one product with
-    p: kernel [d, depth * 2 * KH * hd]."""
-    pairs = jnp.split(dense(p, context), dense_width(p) // (cfg.kv_heads * cfg.base.attention.head_dim), axis=-1)
+    p: kernel [d, depth * 2 * KH * hd], or [d, depth * 2, KH * hd]."""
+    if 'kernel' in p and p['kernel'].ndim == 3:
+        pairs = list(product('bsd,dlw->lbsw', context, p['kernel']).astype(context.dtype))
+    else:
+        pairs = jnp.split(dense(p, context), dense_width(p) // (cfg.kv_heads * cfg.base.attention.head_dim), axis=-1)
     return tuple(KVState(heads_of(cfg, k, rope), heads_of(cfg, v, None))
                  for k, v in zip(pairs[::2], pairs[1::2], strict=True))
 

@@ -41,21 +41,16 @@ def weigh(layer: Any, fn: Callable, x: Side, shared: bool) -> Side:
     return tuple(jax.tree.map(lambda a: a[s], split) for s in range(stacks)) if tupled else split
 
 
-def run(cfg: StagFormerConfig, params: dict, tokens: Array, cache: caches.Cache, form: str,
-        hand: Callable[[Array], Array] = lambda h: h[:-1]) -> tuple[Side, dict[str, Any]]:
-    """tokens [B, 1] -> (residual [B, 1, d] of every stack, state). form: 'tuple' or 'arrays'.
-
-    hand: outputs [p, B, 1, d] -> what each cross-attending stack reads next, in their order ('arrays' only): without
-    stages the output of the stack below, with them a shift between neighbours (pipeline.py).
-    """
+def run(cfg: StagFormerConfig, params: dict, tokens: Array, cache: caches.Cache,
+        form: str) -> tuple[Side, dict[str, Any]]:
+    """tokens [B, 1] -> (residual [B, 1, d] of every stack, state). form: 'tuple' or 'arrays'."""
     ctx = make_context(cfg.base, cache.pos, 1, cache.tokens.shape[1] - 1, native=form == 'tuple')
     x = token_rows(cfg, params, tokens, ctx.positions)
-    steps = _in_arrays if form == 'arrays' else _in_tuples
-    return steps(cfg, params, x, cache, ctx, hand)
+    steps = in_arrays if form == 'arrays' else _in_tuples
+    return steps(cfg, params, x, cache, ctx)
 
 
-def _in_tuples(cfg, params, x, cache, ctx, hand):
-    del hand
+def _in_tuples(cfg, params, x, cache, ctx):
     outputs = [x] * cfg.stacks
     own = [list(stack) for stack in cache.layers['self']]
     read = [[list(source) for source in stack] for stack in cache.layers['cross']]
@@ -77,7 +72,13 @@ def _in_tuples(cfg, params, x, cache, ctx, hand):
     return tuple(outputs), {'self': tuple(map(tuple, own)), 'cross': tuple(tuple(map(tuple, r)) for r in read)}
 
 
-def _in_arrays(cfg, params, x, cache, ctx, hand):
+def in_arrays(cfg: StagFormerConfig, params: dict, x: Array, cache: caches.Cache, ctx: Context,
+              hand: Callable[[Array], Array] = lambda h: h[:-1]) -> tuple[Array, dict[str, Any]]:
+    """x [B, 1, d], the embedding -> (residual [p, B, 1, d], state); parameters and state have a leading stack axis.
+
+    hand: outputs [p, B, 1, d] -> what each cross-attending stack reads next, in their order: without stages the output
+    of the stack below, with them a shift between neighbours (pipeline.py).
+    """
     own, read, mine = list(cache.layers['self']), list(cache.layers['cross']), params['stagformer']
     x = jnp.broadcast_to(x, (own[0].k.shape[0], *x.shape))
     for k, layer in enumerate(params['base']['layers']):

@@ -17,10 +17,11 @@ from backbone.errors import ConfigError
 from backbone.language_model import REMAT, layer_for_training
 from backbone.layers import ATTENTION
 from backbone.mesh import constrain
-from backbone.model import unembed
+from backbone.model import finish, unembed
 from backbone.presets import preset
-from stagformer import model
+from stagformer import model, pipeline_training
 from stagformer.config import StagFormerConfig
+from stagformer.pipeline import StagedTarget
 from stagformer.target import StagFormerTarget
 
 Array = jax.Array
@@ -28,13 +29,21 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class StagFormerTask:
-    """A Task (backbone/contract.py). Options: as those of backbone.language_model.LanguageModel."""
+    """A Task (backbone/contract.py). Options: as those of backbone.language_model.LanguageModel.
+
+    microbatches: so many in a step, the stacks working on different ones at once where the mesh has a stage a stack
+    (pipeline_training.py); 0: one stack after the other, on a mesh without stages.
+    stage_head, stage_piece: `head` and `piece` of the StagedTarget that decodes where a mesh has a stage a stack.
+    """
 
     model: StagFormerConfig
     remat: str = 'none'
     loss_chunk: int = 0
     query_chunk: int = 0
     attention: str = 'dense'
+    microbatches: int = 0
+    stage_head: str = 'split'
+    stage_piece: int = 0
     trainable: tuple[str, ...] = ('(base|stagformer)/.*',)
 
     def __post_init__(self):
@@ -42,6 +51,8 @@ class StagFormerTask:
             raise ConfigError(f'remat: unknown {self.remat!r}, one of none, {", ".join(REMAT)}')
         if self.attention not in ATTENTION:
             raise ConfigError(f'attention: unknown {self.attention!r}, one of {", ".join(ATTENTION)}')
+        if self.microbatches:
+            pipeline_training.check(self.model, self.microbatches)
 
     @property
     def cfg(self) -> ModelConfig:
@@ -51,6 +62,11 @@ class StagFormerTask:
     @property
     def target(self) -> StagFormerTarget:
         return StagFormerTarget(self.model)
+
+    @property
+    def staged(self) -> StagedTarget:
+        """What decodes them on a mesh of stages."""
+        return StagedTarget(self.model, head=self.stage_head, piece=self.stage_piece)
 
     def decodes(self) -> dict[str, Any]:
         """What decodes the parameters, by name (harness/models.py)."""
@@ -63,13 +79,18 @@ class StagFormerTask:
     def loss(self, params: dict, batch: Mapping[str, Array], rng: Array) -> tuple[Array, dict[str, Array]]:
         """Mean negative log likelihood in nats a token. Metrics: nll, accuracy, weight (tokens counted)."""
         del rng
-        hidden = model.hidden_states(
-            self.model, params, batch['tokens'], segments=batch['segments'], positions=batch['positions'],
-            attention=self.attention, query_chunk=self.query_chunk,
-            wrap=lambda layer: layer_for_training(self.remat, layer))
+        options = {'segments': batch['segments'], 'positions': batch['positions'], 'attention': self.attention,
+                   'query_chunk': self.query_chunk, 'wrap': lambda layer: layer_for_training(self.remat, layer)}
+        if self.microbatches:
+            hidden = finish(self.cfg, params['base'], pipeline_training.final_outputs(
+                self.model, params, batch['tokens'], self.microbatches, **options))
+            pin = pipeline_training.over_stages
+        else:
+            hidden = model.hidden_states(self.model, params, batch['tokens'], **options)
+            pin = lambda logits: constrain(logits, 'batch', None, 'vocab')
 
         def to_logits(h: Array) -> Array:
-            return constrain(unembed(self.cfg, params['base'], h), 'batch', None, 'vocab')
+            return pin(unembed(self.cfg, params['base'], h))
 
         sums = losses.next_token_chunked(to_logits, hidden, batch['targets'], batch['weights'], self.loss_chunk)
         return sums.mean('nll'), {'nll': sums.mean('nll'), 'accuracy': sums.mean('correct'), 'weight': sums.weight}
@@ -83,7 +104,7 @@ class StagFormerTask:
             3 if self.cfg.mlp.gated else 2)
         cross = cfg.cross_layers * 2 * d * heads + cfg.cross_sources * 2 * d * width
         seen = sum(min(i + 1, att.window or i + 1) for i in range(seq_len))
-        seen_cross = sum(min(i, cfg.window or i) for i in range(1, seq_len + 1))
+        seen_cross = sum(min(i, cfg.window or i) for i in range(1 - cfg.lag, seq_len + 1 - cfg.lag))
         scores = 2 * heads * (sum(cfg.depths) * seen + cfg.cross_sources * seen_cross)
         matrices = sum(cfg.depths) * layer + cross + d * self.cfg.vocab_size
         return 3 * 2.0 * batch * (seq_len * matrices + scores)

@@ -87,12 +87,12 @@ def test_a_draft_past_its_length_is_ignored(target, params, prompts, plain, scri
     assert got.accepted_hist[2:].sum() == 0
 
 
-@pytest.mark.parametrize('offset', range(6))
+@pytest.mark.parametrize('offset', range(4))
 def test_stop_token_inside_a_block(target, params, prompts, plain, script, offset):
     """Wherever a stop token falls in a block of 4, the row ends with it and the others go on."""
     stop = plain[2][5 + offset]
     want = [row[:row.index(stop) + 1] if stop in row else row for row in plain]
-    for drafter in (Scripted(3), Autoregressive()):
+    for drafter in (Scripted(3), *[Autoregressive()] * (offset == 0)):  # without drafts no offset differs
         got = generate(target, drafter, params | {'script': script}, prompts, max_new_tokens=NEW, stop_tokens=[stop])
         assert got.tokens == want
 
@@ -113,7 +113,8 @@ def test_cache_exactly_full(cfg, params, drafters, name):
         assert got == want and len(got[0]) == new
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', [name if name in ('prompt_lookup', 'two_model', 'tensorhead') else
+                                  pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
 def test_one_compilation_a_bucket(target, params, drafters, name):
     """Ten prompts of one bucket, one compiled loop and one compiled prefill."""
     loop.run_prompt.clear_cache()

@@ -13,14 +13,19 @@ from tests.conftest import lively, tiny_config
 from tests.contract.test_greedy import CACHED
 
 
+@pytest.fixture(scope='module')
+def fresh(target, params):
+    """Keys and values of each layer by one pass over ids [4, 64]."""
+    return jax.jit(lambda tokens: target.forward(params, tokens, target.init_cache(4, 64, 0)).cache.layers)
+
+
 @pytest.mark.parametrize('sampling', (GREEDY, Sampling(1.0)), ids=('greedy', 'sampled'))
 @pytest.mark.parametrize('name', CACHED)
-def test_cache_equals_a_fresh_prefill_after_every_round(target, params, prompts, drafters, name, sampling):
+def test_cache_equals_a_fresh_prefill_after_every_round(target, params, prompts, drafters, fresh, name, sampling):
     drafter = drafters[name]
     request = loop.prepare(target, prompts, max_new_tokens=10, sampling=sampling)
     assert request.capacity == 64
     state = loop.start(target, drafter, params, request)
-    fresh = jax.jit(lambda tokens: target.forward(params, tokens, target.init_cache(4, 64, 0)).cache.layers)
     rounds = 0
     while not state.finished.all():
         state = loop.decode_one(target, drafter, params, state, **request.rounds)

@@ -451,7 +451,8 @@ def test_every_config_builds(name, variant, monkeypatch):
     compare.check(config)
     cfg = PRESETS['smollm2-135m'] if not variant else ModelConfig.from_dict(config.random_model.to_dict())
     main = subjects.Subject(Loaded(cfg, {}, None, 'main', ''), {dtype: {'base': None} for dtype in config.dtypes})
-    benches = compare.make_benches(config, {'': main}, config.prompts.count)
+    others = {spec.model: main for spec in config.methods.values()}  # as they are decoded: none is loaded here
+    benches = compare.make_benches(config, others | {'': main}, config.prompts.count)
     assert {b.dtype for b in benches} == {'float32', 'bfloat16'}
     assert f'--config=configs/{name}.py' in module.__doc__ and 'minute' in module.__doc__
 

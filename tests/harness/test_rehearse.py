@@ -38,7 +38,8 @@ def cut(name: str):
     config.task.kwargs.overrides.num_layers = 2
     config.data.update({'batch_size': 4 * config.optimizer.accumulate, 'seq_len': 1024})
     config.mesh.data = -1
-    config.rehearse.update({'decode_batch': 4, 'mesh': {'data': 1, 'model': 4}})
+    stages = (config.rehearse.get('mesh') or {}).get('stage', 1)
+    config.rehearse.update({'decode_batch': 4, 'mesh': {'stage': stages, 'data': 1, 'model': 4 // stages}})
     return config.lock()
 
 
@@ -86,12 +87,24 @@ def check_pod(config, quick):
     assert train.argument_bytes == pytest.approx(4 * (3 * trained + frozen) / 4, rel=0.01)
     # Computed again backwards: about 4/3 of the model's own FLOPs, and all S x S scores.
     assert 1.0 < train.flops * 4 / train.model_flops < 2.0 and 0 < train.most_mfu < 1
-    check_draft(task.head, *serving) if drafts else check_decoding(*serving)
+    if drafts:
+        check_draft(task.head, *serving)
+    else:
+        (check_decoding if config.rehearse.mesh.get('stage', 1) == 1 else check_stages)(*serving)
 
 
 def check_decoding(prefill, decode):
     assert {c.axes for c in decode.collectives if c.kind == 'all-reduce'} == {('model',)}
     assert prefill.flops * 4 == pytest.approx(prefill.model_flops, rel=0.1)
+    assert decode.memory_s > decode.compute_s
+
+
+def check_stages(prefill, decode):
+    """Two stages: one shift a step, sums over the stages, and no weight moves. Both run every tick of a prompt."""
+    kinds = {(c.kind, c.axes): c.count for c in decode.collectives}
+    assert kinds['collective-permute', ('stage',)] == kinds['all-reduce', ('stage',)] == 1
+    assert max(c.payload_bytes for c in decode.collectives) < 2**20
+    assert 2.0 < prefill.flops * 4 / prefill.model_flops < 2.6
     assert decode.memory_s > decode.compute_s
 
 
@@ -167,6 +180,7 @@ def test_the_first_thing_that_does_not_fit(compiler, size, where):
     ({'mesh.data': 4, 'data.batch_size': 6}, 'v5e:2x2', 'batch_size 6'),
     ({'mesh.data': 4, 'rehearse.decode_batch': 6}, 'v5e:2x2', 'decode_batch 6'),
     ({'mesh.data': 4, 'rehearse.prompt': 999}, 'v5e:2x2', 'prompt 999'),
+    ({'mesh.data': 2, 'mesh.stage': 2}, 'v5e:2x2', 'nothing that decodes on stages'),
     ({'mesh.data': 4, 'task.factory': 'no.where'}, 'v5e:2x2', 'no.where'),
 ])
 def test_bad_input_is_named(compiler, change, name, message):

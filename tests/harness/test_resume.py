@@ -23,7 +23,7 @@ PATIENCE = 240  # seconds; a step takes milliseconds
 CHANGES = {'log_every': 1, 'ema_decay': 0.9, 'data.seq_len': 32, 'data.batch_size': 4,
            'optimizer.accumulate': 2, 'optimizer.warmup_steps': 10, 'eval.every': 1, 'eval.batches': 1,
            'checkpoint.every': SAVE_EVERY, 'checkpoint.max_to_keep': 2}
-SHORT = {'num_steps': 100, 'samples.prompts': '()'}
+SHORT = {'num_steps': 60, 'samples.prompts': '()'}
 LONG = {'num_steps': 400, 'samples.every': 20, 'samples.max_new_tokens': 4}
 CLOCKED = {'tokens_per_s', 'mfu'}
 
@@ -143,9 +143,13 @@ def test_the_comparison_would_see_a_difference(uninterrupted):
     assert state.keys() == before.keys() and still == {'rng', 'bad_steps'}
 
 
-def test_killed_four_times(shared, uninterrupted):
-    draw, run = random.Random(3), Run(shared, 'killed', SHORT)
-    for how, target in (('step', 7), ('save', 20), ('SIGTERM', 35), ('SIGINT', 50)):
+@pytest.mark.parametrize('blows', [
+    (('save', 12), ('SIGINT', 30)),
+    pytest.param((('step', 7), ('save', 14), ('SIGTERM', 25), ('SIGINT', 35)), marks=pytest.mark.slow)],
+    ids=['twice', 'four times'])
+def test_killed(shared, uninterrupted, blows):
+    draw, run = random.Random(3), Run(shared, f'killed-{len(blows)}', SHORT)
+    for how, target in blows:
         strike(run, how, target, draw)
     check_same_as(run, uninterrupted)
 

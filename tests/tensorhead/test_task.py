@@ -13,13 +13,13 @@ from absl import flags
 from backbone import formats, tokenizer
 from backbone.cache import commit
 from backbone.config import ModelConfig
-from backbone.errors import ConfigError, FormatError, RequestError
+from backbone.errors import ConfigError, FormatError, NoValidCheckpoint, RequestError, TensorMismatch
 from backbone.formats.tensors import Loaded, flatten, params_hash
 from backbone.layout import pack
 from backbone.model import PlainTarget
 from backbone.sampling import Sampling
 from configs import tensorhead_smollm2, training
-from harness import artefacts, data, decode, models, train, train_step, zoo
+from harness import artefacts, checkpoint, data, decode, models, train, train_step, zoo
 from harness.baselines import Autoregressive
 from harness.launch import artefact as artefact_cli
 from tensorhead import cp, losses
@@ -105,6 +105,24 @@ def test_kept_hidden_states_are_those_of_the_base(config, workdir):
         a, b = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(t['factors'])]) for t in (a, b))
         return np.linalg.norm(a - b) / np.linalg.norm(b)
     assert off(ours, theirs) < 0.05 < 0.3 < off(wrong, theirs)
+
+
+def test_a_run_starts_from_what_another_trained(workdir, config):
+    config = ml_collections.ConfigDict(config.to_dict() | {'start': str(workdir)})
+    saved = checkpoint.read_part(workdir / 'checkpoints', 'params')[1]
+    state = train_step.plan(config).init()
+    assert int(state.step) == 0 and saved.keys() == state.params.keys()
+    assert all(np.array_equal(leaf, saved[path]) for path, leaf in state.params.items())
+    config.start = ''
+    fresh = train_step.plan(config).init().params
+    assert not np.allclose(fresh['tensorhead/factors/up'], saved['tensorhead/factors/up'])
+    config.start = str(workdir)
+    config.task.kwargs.head.inner_rank = 8
+    with pytest.raises(TensorMismatch, match='factors'):
+        train_step.plan(config)
+    config.start = str(workdir / 'none')
+    with pytest.raises(NoValidCheckpoint, match='none'):
+        train_step.plan(config)
 
 
 def test_what_was_trained_drafts_losslessly_from_the_directory_and_from_the_zoo(workdir, base, tmp_path, monkeypatch):
@@ -219,16 +237,20 @@ def test_adapters_train_with_the_head_and_make_another_base(batch, base):
         path for path in flatten(params) if path.startswith(('lora/', 'tensorhead/'))}
     grads = jax.jit(jax.grad(lambda p: task.loss(p, batch, jax.random.key(0))[0]))(params)
     assert all(np.abs(leaf).max() > 0 for path, leaf in flatten(grads['lora']).items() if path.endswith('/b'))
+    pieces = dataclasses.replace(task, loss_chunk=8, query_chunk=8, remat='full')  # the same in less memory
+    again = jax.jit(jax.grad(lambda p: pieces.loss(p, batch, jax.random.key(0))[0]))(params)
+    for ours, theirs in zip(jax.tree.leaves(again['lora']), jax.tree.leaves(grads['lora']), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6)
     moved = params | {'lora': jax.tree.map(lambda a: a + 0.1, params['lora'])}
     assert params_hash(jax.tree.map(np.asarray, task.merged(moved))) != base[3]
     assert params_hash(jax.tree.map(np.asarray, task.merged(params))) == base[3]
 
 
 @pytest.mark.parametrize(('changes', 'named'), (
-    ({'loss': 'magic'}, 'magic'), ({'balance': 'magic'}, 'magic'), ({'cached': True}, 'cached'),
-    ({'discount': 0.0}, 'discount'), ({'rank': 3}, 'rank'), ({'head': {'mode': 'magic'}}, 'magic'),
-    ({'head': {'rang': 3}}, 'rang'), ({'head': {'hidden_size': 5}}, 'hidden_size 5 is not the 32'),
-    ({'base': 'x'}, 'either')))
+    ({'loss': 'magic'}, 'magic'), ({'balance': 'magic'}, 'magic'), ({'attention': 'magic'}, 'attention'),
+    ({'cached': True}, 'cached'), ({'discount': 0.0}, 'discount'), ({'rank': 3}, 'rank'), ({'base': 'x'}, 'either'),
+    ({'head': {'mode': 'magic'}}, 'magic'), ({'head': {'rang': 3}}, 'rang'),
+    ({'head': {'hidden_size': 5}}, 'hidden_size 5 is not the 32')))
 def test_a_wrong_field_is_named(changes, named):
     with pytest.raises(ConfigError, match=named):
         small(**changes)
@@ -255,7 +277,7 @@ def test_factors_that_read_the_pending_token_draft_what_they_were_trained_for(ba
     drafter = TensorHeadDrafter(head_cfg)
     tokens = batch['tokens'][:2, :6]
     cache = PlainTarget(cfg).init_cache(2, 16, 2)
-    output = PlainTarget(cfg).forward(params, tokens, cache, taps=('hidden:last',))
+    output = jax.jit(lambda p: PlainTarget(cfg).forward(p, tokens, cache, taps=('hidden:last',)))(params)
     e = output.taps['hidden:last'][:, 4]
     state = {'e': e}
     seen = commit(output.cache, jnp.array([4, 4]), tokens[:, 5])
