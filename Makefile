@@ -21,7 +21,7 @@ COMPARE_DATA := smollm2-135m mt_bench
 TEST_DATA    := $(COMPARE_DATA) enwik8 lambada piqa arc_easy hellaswag gsm8k
 
 .PHONY: setup tpu-compiler gpu-compiler compare test soak lint peers data clean
-.PRECIOUS: out/tensorhead_smollm2_r%/finished
+.PRECIOUS: out/tensorhead_smollm2_r%/finished out/stagformer/tiny/%_0/finished
 
 setup: $(READY) tpu-compiler
 
@@ -85,6 +85,22 @@ out/tensorhead_smollm2_r%/finished: $(TEXT)/ids.npy
 out/tensorhead_smollm2_pending/finished: $(TEXT)/ids.npy
 	$(PY) -m harness.launch.train $(HEAD):pending --workdir=out/tensorhead_smollm2_pending
 
+# A second text, of other prompts and other samples: the pending head goes on with it.
+MORE := out/text/smollm2_more
+
+$(MORE)/ids.npy: $(TEXT)/ids.npy
+	$(GENERATE) --batch_file=catalogue:sharegpt --limit=3100 --chat --max_new_tokens=160 --batch_size=96 \
+	    --out=$(MORE)_all/chat_more.jsonl
+	$(GENERATE) --batch_file=catalogue:stdlib --max_new_tokens=96 --batch_size=96 --temperature=0.6 --seed=2 \
+	    --out=$(MORE)_all/code_sampled.jsonl
+	mkdir -p $(MORE)
+	head -n 2000 $(MORE)_all/chat_more.jsonl > $(MORE)/chat_more.jsonl
+	head -n 600 $(MORE)_all/code_sampled.jsonl > $(MORE)/code_sampled.jsonl
+	cp $(TEXT)/ids.npy $@
+
+out/tensorhead_smollm2_more/finished: $(MORE)/ids.npy out/tensorhead_smollm2_pending/finished
+	$(PY) -m harness.launch.train $(HEAD):more --workdir=out/tensorhead_smollm2_more
+
 # Written, measured as it lies there, and written again with what was measured in its card.
 ARTEFACT := $(PY) -m harness.launch.artefact --int8='(factors|pending)/(down|up|from_e|from_x)' --overwrite
 zoo-tensorhead_smollm2_%: out/tensorhead_smollm2_%/finished
@@ -92,6 +108,18 @@ zoo-tensorhead_smollm2_%: out/tensorhead_smollm2_%/finished
 	$(PY) -m harness.launch.acceptance --drafters=tensorhead_smollm2_$* --sets=mt_bench,humaneval --temperatures=0,0.8 \
 	    --count=24 --max_new_tokens=64 --dtype=bfloat16 --out=out/acceptance_$*.json
 	$(ARTEFACT) --workdir=out/tensorhead_smollm2_$* --name=tensorhead_smollm2_$* --measured=out/acceptance_$*.json
+
+# The small pair of docs/stagformer.md, dense and staggered, on stories that stories-15m wrote.
+STORIES := out/text/stories/stories.jsonl
+$(STORIES): | $(READY)
+	$(PY) -m harness.launch.generate --model=stories-15m --batch_file=configs/prompts/stories.txt --samples_per_prompt=6 \
+	    --temperature=1 --max_new_tokens=200 --batch_size=100 --out=$@
+
+out/stagformer/tiny/%_0/finished: | $(STORIES)
+	$(PY) scripts/stagformer_grid.py --out=out/stagformer/tiny --models=$* --seeds=0
+
+zoo-stagformer_stories_%: out/stagformer/tiny/%_0/finished
+	$(PY) -m harness.launch.artefact --overwrite --workdir=out/stagformer/tiny/$*_0 --name=stagformer_stories_$*
 
 clean:
 	rm -rf $(VENV) .venv-peers out

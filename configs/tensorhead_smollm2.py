@@ -11,8 +11,8 @@ and writes zoo/tensorhead_smollm2_r4. The base runs over the text once and its h
 step costs the head alone. Times and results: docs/tensorhead.md.
 Meant for two CPU cores: a draft vocabulary of 4096 words, 64 random positions of each row a step. `:gpu` has the whole
 recipe: 16,384 words, every position, longer. `:lora` adds adapters on the attention of the last 4 layers, which makes
-another base. `:pending` is a rank-1 head whose drafts read the pending token's embedding. `:tiny` trains a small head
-with its trunk, from scratch, in seconds.
+another base. `:pending` is a rank-1 head whose drafts read the pending token's embedding; `:more` goes on with it on
+further text. `:tiny` trains a small head with its trunk, from scratch, in seconds.
 """
 
 from configs import training
@@ -31,6 +31,7 @@ def get_config(variant: str = ''):
                         'seq_len': 256, 'batch_size': 16})
     config.optimizer.update({'learning_rate': 5e-3, 'warmup_steps': 40, 'weight_decay': 0.0})
     config.compute_dtype = 'bfloat16'  # faster on a CPU that has it; the loss is the same to three digits
+    config.start = ''  # directory of a run whose trained parameters this one starts from
     config.num_steps = 480
     config.eval.update({'every': 120, 'batches': 8})
     config.checkpoint.update({'every': 120})
@@ -39,17 +40,24 @@ def get_config(variant: str = ''):
         config.task.kwargs.head.draft_vocab = 16384
         config.data.update({'seq_len': 512, 'batch_size': 64})
         config.num_steps = 4000
-    elif variant == 'pending':
+    elif variant in ('pending', 'more'):
         config.task.kwargs.head.update({'rank': 1, 'pending_size': 512})
         config.optimizer.weight_decay = 0.1
         config.num_steps = 1200
         config.eval.every = 240
+        if variant == 'more':
+            config.start = 'out/tensorhead_smollm2_pending'
+            config.data.manual_dir = 'out/text/smollm2_more'
+            config.task.kwargs.draft_ids = 'out/text/smollm2_more/ids.npy'
+            config.optimizer.learning_rate = 2.5e-3
+            config.num_steps = 1000
+            config.eval.every = 120
     elif variant == 'lora':
-        config.task.kwargs.update({'cached': False, 'lora_rank': 16, 'lora_last': 4})
+        config.task.kwargs.update({'cached': False, 'lora_rank': 16, 'lora_last': 4, 'loss_chunk': 64})
     elif variant == 'tiny':
         make_tiny(config)
     elif variant:
-        raise ValueError(f'unknown variant {variant!r}, known: pending, gpu, lora, tiny')
+        raise ValueError(f'unknown variant {variant!r}, known: pending, more, gpu, lora, tiny')
     return config
 
 

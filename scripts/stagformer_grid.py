@@ -2,7 +2,7 @@
 
     headway-generate --model=stories-15m --batch_file=configs/prompts/stories.txt --samples_per_prompt=6 \\
                      --temperature=1 --max_new_tokens=200 --batch_size=100 --out=out/text/stories/stories.jsonl
-    python scripts/stagformer_grid.py --out=out/stagformer/tiny                 # about a minute a run on two cores
+    python scripts/stagformer_grid.py --out=out/stagformer/tiny                 # one to two minutes a run on two cores
     python scripts/stagformer_grid.py --out=out/stagformer/tiny --table         # what there is so far
     python scripts/stagformer_grid.py --scale=toy --out=/tmp/toy --models=half,separate --seeds=0     # seconds
 

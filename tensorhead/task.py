@@ -19,7 +19,8 @@ from backbone import formats, lora
 from backbone import losses as token_losses
 from backbone.config import ModelConfig
 from backbone.errors import ConfigError
-from backbone.language_model import layer_for_training
+from backbone.language_model import REMAT, layer_for_training
+from backbone.layers import ATTENTION
 from backbone.mesh import constrain
 from backbone.model import PlainTarget, hidden_states, init_params, unembed
 from backbone.presets import preset
@@ -49,6 +50,8 @@ class HeadTask:
     tokenizer numbers by frequency.
     lora_rank, lora_last, lora_alpha, next_weight: adapters on the last layers' attention, trained together with the
     head; the base's next-token loss is added with next_weight. The base that is decoded is then another one.
+    attention, query_chunk: of the trunk, as in LanguageModel. loss_chunk: positions at a time through the base's
+    vocabulary for that next-token loss, 0 all.
     """
 
     cfg: ModelConfig
@@ -69,11 +72,15 @@ class HeadTask:
     lora_last: int = 4
     lora_alpha: float = 16.0
     next_weight: float = 1.0
+    loss_chunk: int = 0
+    query_chunk: int = 0
+    attention: str = 'dense'
     remat: str = 'none'
     frozen: bool | None = None
 
     def __post_init__(self):
-        for name, value, known in (('loss', self.loss_kind, LOSSES), ('balance', self.balance, BALANCE)):
+        for name, value, known in (('loss', self.loss_kind, LOSSES), ('balance', self.balance, BALANCE),
+                                   ('attention', self.attention, ATTENTION), ('remat', self.remat, ('none', *REMAT))):
             if value not in known:
                 raise ConfigError(f'task.kwargs.{name}: unknown {value!r}, one of {", ".join(map(repr, known))}')
         self.head.check_base(self.cfg)
@@ -136,7 +143,8 @@ class HeadTask:
     def features(self, base: dict, batch: Mapping[str, Array]) -> dict[str, Array]:
         """{'hidden': [B, S, d]}: the trunk's final hidden states."""
         return {'hidden': hidden_states(self.cfg, base, batch['tokens'], segments=batch['segments'],
-                                        positions=batch['positions'], layer_fn=layer_for_training(self.remat))}
+                                        positions=batch['positions'], layer_fn=layer_for_training(self.remat),
+                                        attention=self.attention, query_chunk=self.query_chunk)}
 
     def train_flops(self, batch: int, seq_len: int) -> float:
         """FLOPs of one step: the trunk (forward, and backward where it is trained) and the head's vocabulary rows."""
@@ -173,8 +181,8 @@ class HeadTask:
             loss = loss + self.balance_coef * losses.balance(log_w, weight, self.balance)
         metrics = self.metrics(log_w, logp, valid, weight)
         if self.lora_rank:
-            sums = token_losses.next_token(constrain(unembed(self.cfg, base, whole[0]), 'batch', None, 'vocab'),
-                                           *whole[1:])
+            sums = token_losses.next_token_chunked(
+                lambda h: constrain(unembed(self.cfg, base, h), 'batch', None, 'vocab'), *whole, self.loss_chunk)
             loss = loss + self.next_weight * sums.mean('nll')
             metrics['base_nll'] = sums.mean('nll')
         return loss, metrics
