@@ -185,7 +185,7 @@ TRAINED = {
     'two_at_once': (2, {'context_norm': False, 'window': 1}, 1, {'stage': 2}),
     'no_stages': (2, {}, 4, {'data': 2}),
 }
-QUICK_TRAINED = ('two', 'four_of_shared')
+QUICK_TRAINED = ('two',)
 
 
 @pytest.mark.parametrize('case', [*QUICK_TRAINED, *(pytest.param(c, marks=pytest.mark.slow) for c in TRAINED

@@ -86,7 +86,7 @@ def references(cfg, stored, tokens=TOKENS):
     return np.stack([staggered(cfg, stored, row)[0] for row in tokens])
 
 
-@quick(('p=2 w=None', 'arrays'), ('p=2 w=3', 'tuple'), ('mixed', 'arrays'), ('shared, three passes, window', 'tuple'),
+@quick(('p=2 w=3', 'tuple'), ('mixed', 'arrays'), ('shared, three passes, window', 'tuple'),
        ('all below, window, mixed, uneven', 'tuple'))
 def test_every_way_through_a_cache_is_the_whole_pass(case, form):
     """From an empty cache, and after a prompt in blocks that cross the window."""

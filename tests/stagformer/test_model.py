@@ -65,7 +65,11 @@ CASES = {f'p={p} w={w}': make(DEPTHS[p], window=w) for p, w in itertools.product
 }
 
 
-@pytest.mark.parametrize('case', CASES)
+# Each of these differs from a case of the suite in one size only.
+SAME_PATH = ('uneven', 'one key head', 'as many key heads as heads')
+
+
+@pytest.mark.parametrize('case', [pytest.param(c, marks=pytest.mark.slow) if c in SAME_PATH else c for c in CASES])
 def test_equals_the_model_in_numpy(float64, case):
     cfg = CASES[case]
     params = params_of(cfg)
