@@ -55,7 +55,8 @@ def tiny(**mesh):
 
 
 # pod_llama32_1b: the same programs as pod_llama31_8b, smaller.
-@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow) if n == 'pod_llama32_1b' else n for n in PODS])
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.slow) if name == 'pod_llama32_1b' else name for name in PODS])
 def test_pod_configs_compile_and_fit(compiler, name):
     """Cut to two layers, with the compiler not at its best: seconds, where the whole takes minutes."""
     check_pod(cut(name), quick=True)
