@@ -53,7 +53,7 @@ def get_config(variant: str = '') -> ConfigDict:
             # Trained heads of the zoo (docs/tensorhead.md). Few of their later drafts are kept: short ones lose least.
             'medusa_heads': method(artefact='tensorhead_smollm2_r1', drafts=1),
             'tensorhead_r8': method(artefact='tensorhead_smollm2_r8', drafts=1),
-            'tensorhead_pending': method(artefact='tensorhead_smollm2_more', drafts=2),
+            'tensorhead_pending': method(artefact='tensorhead_smollm2_pending', drafts=2),
         },
     })
     if variant == 'tiny':
