@@ -106,7 +106,8 @@ def run_layers(cfg: ModelConfig, params: dict, x: Any, state: Any, ctx: Context,
 
     skip: a static tuple of layer numbers to leave out, or a traced bool vector [num_layers] (True = skip;
     the work is still done, but the compiled function serves every choice).
-    extra: a pytree with a leading layer axis, handed slice by slice to layer_fn.
+    extra: a pytree with a leading layer axis, handed slice by slice to layer_fn; for unstacked layers also a tuple with
+    one a layer. It may end with layer hi-1.
     state: the cache's `layers`, or None. Returns residual, state and taps.
     """
     hi = cfg.num_layers if hi is None else hi
@@ -138,7 +139,8 @@ def _unrolled(cfg, layers, x, state, ctx, lo, hi, skip, layer_fn, extra, wanted)
     for l in range(lo, hi):
         if not (static and l in skip):
             before = x
-            x, new, seen = layer_fn(cfg, layers[l], x, None if state is None else state[l], ctx, _slice(extra, l))
+            x, new, seen = layer_fn(cfg, layers[l], x, None if state is None else state[l], ctx,
+                                    extra[l] if isinstance(extra, tuple) else _slice(extra, l))
             if not static:
                 x = jax.tree.map(lambda a, b: jnp.where(skip[l], a, b), before, x)
             if state is not None:

@@ -14,11 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from backbone.cache import Cache
 from backbone.config import ModelConfig
 from backbone.contract import Draft, Output
+from backbone.draft_vocabulary import DraftedLaw
 from backbone.errors import ConfigError
 from backbone.model import token_rows
 from backbone.sampling import Sampling, draw, fold_in, law
@@ -28,26 +28,6 @@ from tensorhead import packed as packing
 from tensorhead.config import TensorHeadConfig
 
 Array = jax.Array
-
-
-@struct.dataclass
-class DraftedLaw:
-    """A DraftLaw over the head's W words. probs [B, K, W], gold [B, K]; ids [W]: the words' base ids, None for all V.
-
-    `row` widens only the row that is asked for: the verifier wants one a round.
-    """
-
-    probs: Array
-    gold: Array
-    ids: Array | None
-    vocab_size: int = struct.field(pytree_node=False)
-
-    def row(self, i: Array) -> Array:
-        """Law of draft position i[B] -> [B, V]; words the head does not know have probability 0."""
-        row = jax.vmap(lambda table, k: table[k])(self.probs, i)
-        if self.ids is None:
-            return row
-        return jnp.zeros((row.shape[0], self.vocab_size), row.dtype).at[:, self.ids].set(row)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from backbone import draft_vocabulary
 from backbone.errors import ConfigError
 from backbone.matmul import dense, product
 from backbone.mesh import constrain
@@ -126,19 +127,8 @@ def _pin(h: Array) -> Array:
 
 
 def unembedding(base: dict, head: dict) -> Array:
-    """U [W, d]: the rows of the base's own unembedding that the head's words have; logits are h @ U.T.
-
-    base: params['base'], whose head is untied ([d, V], or packed [V, d]) or its embedding.
-    """
-    own = base.get('lm_head', {})
-    table = own.get('kernel_t', own.get('kernel', base['embed']['tokens']))
-    axis = int('kernel' in own)  # of the vocabulary
-    if 'draft_ids' in head:
-        table = jnp.take(table, head['draft_ids'], axis=axis)
-    U = table.T if axis else table
-    if 'project_out' in base['embed']:  # logits = (h P) T' = h (T P')'
-        U = product('we,de->wd', U, base['embed']['project_out']['kernel']).astype(U.dtype)
-    return U
+    """U [W, d] of the head's words, as draft_vocabulary.unembedding. base: params['base']."""
+    return draft_vocabulary.unembedding(base, head.get('draft_ids'))
 
 
 def logits(cfg: TensorHeadConfig, head: dict, mixture: Factors, U: Array | None = None) -> Array:
@@ -150,12 +140,5 @@ def logits(cfg: TensorHeadConfig, head: dict, mixture: Factors, U: Array | None 
 
 
 def index_of(head: dict, tokens: Array) -> tuple[Array, Array]:
-    """Base ids [...] -> (indices [...] in 0..W-1, bool [...]: is it a word of the draft vocabulary?).
-
-    The index of an unknown token is some word's: mask it.
-    """
-    if 'draft_ids' not in head:
-        return tokens, jnp.ones(tokens.shape, bool)
-    ids = head['draft_ids']
-    index = jnp.minimum(jnp.searchsorted(ids, tokens), len(ids) - 1).astype(jnp.int32)
-    return index, ids[index] == tokens
+    """As draft_vocabulary.index_of, among the head's words."""
+    return draft_vocabulary.index_of(head.get('draft_ids'), tokens)

@@ -18,6 +18,7 @@ import numpy as np
 from backbone import formats, lora
 from backbone import losses as token_losses
 from backbone.config import ModelConfig
+from backbone.draft_vocabulary import read_ids
 from backbone.errors import ConfigError
 from backbone.language_model import REMAT, layer_for_training
 from backbone.layers import ATTENTION
@@ -129,7 +130,7 @@ class HeadTask:
                 raise ConfigError(f'{self.base} has another shape than the task was built for')
             found['base'] = loaded.params
         if self.draft_ids:
-            found['tensorhead'] = {'draft_ids': read_ids(self.draft_ids, self.head)}
+            found['tensorhead'] = {'draft_ids': read_ids(self.draft_ids, self.head.words, self.head.vocab_size)}
         return found
 
     def merged(self, params: dict) -> dict:
@@ -241,17 +242,6 @@ def known_suffix(head: dict, future: Array, valid: Array) -> tuple[Array, Array]
 
 def _mean(values: Array, weight: Array) -> Array:
     return (values * weight).sum() / jnp.maximum(weight.sum(), 1e-9)
-
-
-def read_ids(path: str, head: TensorHeadConfig) -> np.ndarray:
-    """int32 [W] ascending. Errors: ConfigError where the file does not hold such ids of the base's vocabulary."""
-    try:
-        ids = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f'draft_ids: {path} cannot be read ({error})') from None
-    if ids.shape != (head.words,) or (np.diff(ids) <= 0).any() or not 0 <= ids.min() <= ids.max() < head.vocab_size:
-        raise ConfigError(f'draft_ids: {path} does not hold {head.words} ascending ids below {head.vocab_size}')
-    return ids.astype(np.int32)
 
 
 def build(model: str | Mapping[str, Any] = '', overrides: Mapping[str, Any] | None = None, base: str = '',

@@ -7,6 +7,8 @@ from backbone.layout import pack
 from backbone.model import PlainTarget
 from harness.baselines import Autoregressive, EarlyExit, Lookahead, PromptLookup, TwoModel
 from harness.decode import generate
+from m2r2.config import M2R2Config
+from m2r2.drafter import M2R2Drafter
 from tensorhead.config import TensorHeadConfig
 from tensorhead.drafter import TensorHeadDrafter
 
@@ -20,7 +22,9 @@ def target(cfg):
 
 @pytest.fixture(scope='session')
 def params(params, drafters):
-    return params | {'tensorhead': drafters['tensorhead'].init_params(jax.random.key(2))}
+    made = {'tensorhead': drafters['tensorhead'].init_params(jax.random.key(2)),
+            'm2r2': drafters['m2r2'].init_params(jax.random.key(3))}
+    return params | jax.tree.map(lambda a: a + 0.05 if a.ndim > 1 else a, made)
 
 
 @pytest.fixture(scope='session')
@@ -33,6 +37,7 @@ def packed(cfg, params):
 def drafters(cfg, small_cfg):
     return {'prompt_lookup': PromptLookup(4), 'lookahead': Lookahead(5, 3), 'early_exit': EarlyExit(cfg, 2, 3),
             'two_model': TwoModel(small_cfg, 3),
+            'm2r2': M2R2Drafter(cfg, M2R2Config.of(cfg, {'exits': (2,), 'rank': 4, 'qo_rank': 2, 'carry': 8}), 3),
             'tensorhead': TensorHeadDrafter(TensorHeadConfig(cfg.hidden_size, cfg.vocab_size, 4, 3, inner_rank=8))}
 
 

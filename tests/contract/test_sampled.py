@@ -20,12 +20,15 @@ from harness import decode as loop
 from harness import verify as verifier
 from harness.baselines import Autoregressive, EarlyExit, Lookahead, PromptLookup, TwoModel
 from harness.decode import generate
+from m2r2.config import M2R2Config
+from m2r2.drafter import M2R2Drafter
 from tensorhead.config import TensorHeadConfig
 from tensorhead.drafter import TensorHeadDrafter
 from tests.conftest import lively, tiny_config
 
 VOCAB, STEPS, ROWS = 5, 4, 20_000
 HEAD = TensorHeadConfig(16, VOCAB, horizon=4, rank=2, mode='full', draft_vocab=4, init_std=0.5)
+ACCELERATED = {'exits': (1,), 'rank': 4, 'carry': 8, 'draft_vocab': 4}
 PROMPT = [1, 3, 1]
 SETTINGS = {'plain': Sampling(1.0), 'warped': Sampling(0.7, top_k=4, top_p=0.9)}
 
@@ -35,8 +38,10 @@ def model():
     cfg = tiny_config(vocab=VOCAB, hidden=16, layers=2, heads=2, kv_heads=1, max_seq_len=16)
     small = tiny_config(vocab=VOCAB, hidden=8, layers=1, heads=1, kv_heads=1, max_seq_len=16)
     head = TensorHeadDrafter(HEAD).init_params(jax.random.key(7))
+    fast = M2R2Drafter(cfg, M2R2Config.of(cfg, ACCELERATED)).init_params(jax.random.key(8))
+    fast = jax.tree.map(lambda a: a + 0.1 if a.ndim > 1 else a, fast)
     return cfg, small, {'base': jax.tree.map(lambda a: 2 * a, lively(cfg, 5)), 'draft': lively(small, 6),
-                        'tensorhead': head}
+                        'tensorhead': head, 'm2r2': fast}
 
 
 @pytest.fixture(scope='module')
@@ -56,7 +61,8 @@ def exact_law(cfg, params, sampling) -> np.ndarray:
 
 def drafters(cfg, small):
     return {'none': Autoregressive(), 'prompt_lookup': PromptLookup(3), 'lookahead': Lookahead(3, 2),
-            'early_exit': EarlyExit(cfg, 1, 2), 'two_model': TwoModel(small, 3), 'tensorhead': TensorHeadDrafter(HEAD)}
+            'early_exit': EarlyExit(cfg, 1, 2), 'm2r2': M2R2Drafter(cfg, M2R2Config.of(cfg, ACCELERATED), 2, doubt=40),
+            'two_model': TwoModel(small, 3), 'tensorhead': TensorHeadDrafter(HEAD)}
 
 
 def chi_square(counts: np.ndarray, probs: np.ndarray) -> tuple[float, int]:
@@ -89,7 +95,7 @@ def emitted_follow(model, drafter, sampling, exact, seed) -> bool:
 # A head's law is enumerated exactly in tests/tensorhead/test_lossless.py.
 @pytest.mark.parametrize('name, setting', [
     *itertools.product(('none', 'prompt_lookup', 'early_exit'), SETTINGS),
-    *itertools.product(('lookahead', 'two_model', 'tensorhead'), ('warped',)),
+    *itertools.product(('lookahead', 'two_model', 'm2r2', 'tensorhead'), ('warped',)),
     *(pytest.param(name, 'plain', marks=pytest.mark.slow) for name in ('lookahead', 'two_model', 'tensorhead'))])
 def test_output_law_is_the_targets(model, follows, name, setting):
     assert follows(drafters(*model[:2])[name], SETTINGS[setting])

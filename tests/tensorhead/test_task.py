@@ -13,6 +13,7 @@ from absl import flags
 from backbone import formats, tokenizer
 from backbone.cache import commit
 from backbone.config import ModelConfig
+from backbone.draft_vocabulary import read_ids
 from backbone.errors import ConfigError, FormatError, NoValidCheckpoint, RequestError, TensorMismatch
 from backbone.formats.tensors import Loaded, flatten, params_hash
 from backbone.layout import pack
@@ -260,12 +261,12 @@ def test_a_wrong_field_is_named(changes, named):
 def test_a_wrong_draft_vocabulary_is_refused(tmp_path, ids):
     np.save(tmp_path / 'ids.npy', ids)
     with pytest.raises(ConfigError, match='ids.npy'):
-        tasks.read_ids(str(tmp_path / 'ids.npy'), TensorHeadConfig(4, 8, draft_vocab=4))
+        read_ids(str(tmp_path / 'ids.npy'), 4, 8)
 
 
 def test_a_draft_vocabulary_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match='none.npy'):
-        tasks.read_ids(str(tmp_path / 'none.npy'), TensorHeadConfig(4, 8, draft_vocab=4))
+        read_ids(str(tmp_path / 'none.npy'), 4, 8)
 
 
 def test_factors_that_read_the_pending_token_draft_what_they_were_trained_for(batch, base):
