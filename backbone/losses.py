@@ -68,3 +68,14 @@ def summed(sums_of: Callable[..., Any], arrays: tuple[Array, ...], chunk: int) -
     like = jax.eval_shape(sums_of, *jax.tree.map(lambda a: a[0], parts))
     total, _ = jax.lax.scan(add, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like), parts)
     return total
+
+
+def some_positions(weights: Array, count: int, rng: Array) -> Array:
+    """`count` positions a row [B, count], at random among those that count (weights [B, S] > 0) as far as there are."""
+    lot = jnp.where(weights > 0, jax.random.uniform(rng, weights.shape), -1.0)
+    return jax.lax.top_k(lot, count)[1]
+
+
+def at_positions(a: Array, at: Array) -> Array:
+    """a [B, S, ...] at [B, P] -> [B, P, ...]."""
+    return jax.vmap(lambda row, i: row[i])(a, at)

@@ -11,6 +11,7 @@ the rate at which a sampled draft is kept, which is why it is reported as `overl
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,7 +41,8 @@ class AcceleratorTask:
     kd, ce, tv, cos, temperature: the loss above. unroll: with a carry, so many passes of the fast stream, each starting
     from the one before as a draft does; the loss is their mean.
     draft_ids: .npy file of the draft vocabulary's ids; '' takes the first ones.
-    loss_chunk: positions at a time through the vocabulary; 0 all. attention, query_chunk, remat: as in LanguageModel.
+    positions: so many random positions of each row meet the vocabulary in a step; 0 all. loss_chunk: so many at a time;
+    0 all. attention, query_chunk, remat: as in LanguageModel.
     """
 
     cfg: ModelConfig
@@ -54,6 +56,7 @@ class AcceleratorTask:
     temperature: float = 1.0
     unroll: int = 1
     draft_ids: str = ''
+    positions: int = 0
     loss_chunk: int = 0
     query_chunk: int = 0
     attention: str = 'dense'
@@ -113,25 +116,28 @@ class AcceleratorTask:
         weights = sum(a.size for a in jax.tree.leaves(jax.eval_shape(
             lambda: init_params(self.cfg, jax.random.key(0)))['layers'])) / self.cfg.num_layers
         passes = (1 + 2 * self.unroll) * layers + (0 if self.cached else self.cfg.num_layers)
-        vocabulary = 3 * len(self.m2r2.exits) * self.unroll * self.m2r2.words * self.cfg.hidden_size
-        return 2.0 * tokens * (passes * weights + vocabulary)
+        rows = batch * (self.positions or seq_len) * 3 * len(self.m2r2.exits) * self.unroll
+        return 2.0 * (tokens * passes * weights + rows * self.m2r2.words * self.cfg.hidden_size)
 
     def loss(self, params: dict, batch: Mapping[str, Array], rng: Array) -> tuple[Array, dict[str, Array]]:
         """Mean over positions and exits. Metrics of exit j = 1..J: kl_j (nats), agreement_j (same first choice as the
         whole model among the words drafted from), overlap_j, align_j; weight: positions counted."""
-        del rng
         base, mine, m = params['base'], params['m2r2'], self.m2r2
         last = jax.lax.stop_gradient(batch['hidden'] if self.cached else self.features(base, batch)['hidden'])
         ctx = sequence_context(self.cfg, batch['tokens'].shape, batch['segments'], batch['positions'], self.attention,
                                self.query_chunk)
         slow = embed(self.cfg, base, batch['tokens'], ctx.positions)
         last = last.astype(slow.dtype)
+        some = lambda a: a
+        if 0 < self.positions < batch['weights'].shape[1]:
+            at = losses.some_positions(batch['weights'], self.positions, rng)
+            some = functools.partial(losses.at_positions, at=at)
         index, known = index_of(mine.get('draft_ids'), batch['targets'])
         total, metrics = 0.0, {}
         for j in range(len(m.exits)):
             ends, slow = self.fast_ends(base, mine, j, slow, last, ctx, batch)
             for u, hidden in enumerate(ends):
-                arrays = (last, hidden, index, known, batch['weights'])
+                arrays = tuple(map(some, (last, hidden, index, known, batch['weights'])))
                 sums = losses.summed(lambda *a: self.divergences(base, mine, *a), arrays, self.loss_chunk)
                 mean = {name: value / jnp.maximum(sums['weight'], 1e-9) for name, value in sums.items()}
                 total = total + mean['loss'] / len(ends) / len(m.exits)

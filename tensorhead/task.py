@@ -201,10 +201,8 @@ class HeadTask:
         batch, size = weight.shape
         if not 0 < self.positions < size:
             return hidden, future, valid, weight, jnp.broadcast_to(jnp.arange(size), (batch, size))
-        lot = jnp.where(weight > 0, jax.random.uniform(rng, weight.shape), -1.0)
-        at = jax.lax.top_k(lot, self.positions)[1]
-        pick = jax.vmap(lambda row, i: row[i])
-        return tuple(pick(a, at) for a in (hidden, future, valid, weight)) + (at,)
+        at = token_losses.some_positions(weight, self.positions, rng)
+        return tuple(token_losses.at_positions(a, at) for a in (hidden, future, valid, weight)) + (at,)
 
     def divergence(self, head, factors, unembedding, hidden, at, logp, index, valid, weight) -> Array:
         """Discounted KL from the base's own law of each token of the window to the head's conditional of it."""
