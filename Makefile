@@ -121,5 +121,33 @@ out/stagformer/tiny/%_0/finished: | $(STORIES)
 zoo-stagformer_stories_%: out/stagformer/tiny/%_0/finished
 	$(PY) -m harness.launch.artefact --overwrite --workdir=out/stagformer/tiny/$*_0 --name=stagformer_stories_$*
 
+# The fast stream that drafts (docs/m2r2.md): trained on the text of the heads above, then on the second one.
+ACCELERATE := --config=configs/m2r2_smollm2.py
+out/m2r2_smollm2_draft/finished: $(TEXT)/ids.npy
+	$(PY) -m harness.launch.train $(ACCELERATE) --workdir=out/m2r2_smollm2_draft
+
+out/m2r2_smollm2_more/finished: $(MORE)/ids.npy out/m2r2_smollm2_draft/finished
+	$(PY) -m harness.launch.train $(ACCELERATE):more --workdir=out/m2r2_smollm2_more
+
+ACCELERATORS := $(PY) -m harness.launch.artefact --int8='(layers|exits|carry)/.*kernel' --overwrite
+zoo-m2r2_smollm2_draft: out/m2r2_smollm2_more/finished
+	$(ACCELERATORS) --workdir=out/m2r2_smollm2_more --name=m2r2_smollm2_draft
+	$(PY) -m harness.launch.acceptance --drafters=m2r2_smollm2_draft --sets=mt_bench,humaneval --temperatures=0,0.8 \
+	    --count=24 --max_new_tokens=64 --dtype=bfloat16 --out=out/acceptance_m2r2.json
+	$(ACCELERATORS) --workdir=out/m2r2_smollm2_more --name=m2r2_smollm2_draft --measured=out/acceptance_m2r2.json
+
+# For early exit, on SmolLM2 (with its control of equal size) and on stories-15m.
+out/m2r2_smollm2_%/finished: $(TEXT)/ids.npy
+	$(PY) -m harness.launch.train $(ACCELERATE):$* --workdir=out/m2r2_smollm2_$*
+
+zoo-m2r2_smollm2_exits zoo-m2r2_smollm2_deed: zoo-m2r2_smollm2_%: out/m2r2_smollm2_%/finished
+	$(ACCELERATORS) --workdir=out/m2r2_smollm2_$* --name=m2r2_smollm2_$*
+
+out/m2r2_stories/finished: | $(STORIES)
+	$(PY) -m harness.launch.train --config=configs/m2r2_stories.py --workdir=out/m2r2_stories
+
+zoo-m2r2_stories: out/m2r2_stories/finished
+	$(ACCELERATORS) --workdir=out/m2r2_stories --name=m2r2_stories
+
 clean:
 	rm -rf $(VENV) .venv-peers out

@@ -135,6 +135,12 @@ class M2R2Drafter:
         return draw(probs, rng), probs, sure
 
 
-def build(cfg: ModelConfig, m2r2: Mapping[str, Any], block: int = 4, doubt: int = 0) -> M2R2Drafter:
+def build(cfg: ModelConfig, m2r2: Mapping[str, Any] | None = None, block: int = 4, doubt: int = 0) -> M2R2Drafter:
     """From a config or an artefact's card: m2r2 holds the fields of M2R2Config. Errors: ConfigError."""
-    return M2R2Drafter(cfg, M2R2Config.of(cfg, m2r2), block, doubt)
+    return M2R2Drafter(cfg, M2R2Config.of(cfg, m2r2 or {}), block, doubt)
+
+
+def untrained(cfg: ModelConfig, base: dict, dtype: Any) -> dict[str, Any]:
+    """{'m2r2': accelerators of `build`'s defaults that change nothing}, for trying things on any model."""
+    made = build(cfg)
+    return {'m2r2': made.ready(made.init_params(jax.random.key(0)), base, dtype)}

@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 from safetensors.numpy import load_file
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -70,3 +71,15 @@ def test_train_stagformer(tmp_path):
     assert [row['name'] for row in rows] == ['dense', 'half', 'separate', 'separate, window 128', 'shared',
                                              'shared, window 128', 'recurrent']
     assert rows[0]['ratio']['min'] == 1 and all(row['ms']['min'] > 0 < row['predicted_ms'] for row in rows)
+
+
+@pytest.mark.slow  # train_tensorhead's code with another task
+def test_train_m2r2(tmp_path):
+    run('train_m2r2.py', '--heads=k1', '--steps=12', '--batch=1', '--timed=1', '--repeats=2', '--max_new_tokens=16',
+        '--piece_bytes=9000', f'--out={tmp_path}')
+    report = json.loads((tmp_path / 'train_m2r2.json').read_text())
+    trained = report['heads']['k1']
+    assert trained['exit'] == 1 and trained['curve'][-1][1] < trained['curve'][0][1]
+    assert 0 < trained['held_out']['overlap_1'] <= 1 and trained['held_out']['kl_1'] > 0
+    assert report['decoding']['k1']['same_text'] == 1.0 and len(report['decoding']['k1']['speedups']) == 2
+    assert all(load_file(tmp_path / name) for name in trained['files'])

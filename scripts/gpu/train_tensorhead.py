@@ -34,17 +34,16 @@ from backbone.mesh import make_mesh
 from backbone.model import PlainTarget
 from backbone.sampling import GREEDY, Sampling
 from configs import tensorhead_smollm2
-from harness import decode, peak, provenance
+from harness import components, decode, peak, provenance
 from harness.baselines import Autoregressive
 from harness.train_step import narrow, place_batch, plan
-from tensorhead.drafter import TensorHeadDrafter
 
 BASE = flags.DEFINE_string('base', '', 'The frozen model: a file or folder (docs/checkpoints.md).')
 ROWS = flags.DEFINE_string('rows', '', 'Packed rows; without them random tokens, and no claim about any loss.')
 HELD_OUT = flags.DEFINE_string('held_out', '', 'Packed rows to measure the loss on; default: those trained on.')
 PROMPTS = flags.DEFINE_string('prompts', '', 'Packed prompts; default: the starts of rows.')
 DRAFT_IDS = flags.DEFINE_string('draft_ids', '', 'The draft vocabulary; default: the first ids.')
-WHICH = flags.DEFINE_list('heads', '', 'Which to train, of r1, r2, r4, r8, r16, r8n2, r8n8; default all.')
+WHICH = flags.DEFINE_list('heads', '', 'Which to train, by name; default all.')
 STEPS = flags.DEFINE_integer('steps', 0, 'Steps of each head; 0: what the config says.')
 NEW = flags.DEFINE_integer('max_new_tokens', 128, 'Tokens each prompt is continued by.')
 BATCH = flags.DEFINE_integer('batch', 16, 'Prompts decoded at once where drafts are counted.')
@@ -116,7 +115,7 @@ class Rows:
 
 
 def train(config, step, state, rows: Rows, held_out: Rows, published: float) -> tuple[dict, dict]:
-    """(the head's parameters, what its training came to)."""
+    """(the drafter's parameters, what its training came to)."""
     begin = time.perf_counter()
     state, metrics = step.step(state, place_batch(rows.batch(0), step.batch, 0))
     curve, seconds, compile_s = [(1, float(metrics['loss']))], [], time.perf_counter() - begin
@@ -129,7 +128,7 @@ def train(config, step, state, rows: Rows, held_out: Rows, published: float) -> 
         seconds.append((time.perf_counter() - at) / count)
     tokens, middle = config.data.batch_size * config.data.seq_len, statistics.median(seconds)
     params = step.tree(state)
-    return params['tensorhead'], {
+    return params[step.task.drafter()['params']], {
         'parameters': sum(a.size for a in state.params.values()), 'steps': config.num_steps,
         'accumulate': config.optimizer.accumulate, 'first_step_s': compile_s, 'train_s': time.perf_counter() - begin,
         'step_ms': [1e3 * s for s in seconds], 'tokens_per_s': tokens / middle,
@@ -138,7 +137,7 @@ def train(config, step, state, rows: Rows, held_out: Rows, published: float) -> 
 
 
 def evaluate(step, params, rows: Rows) -> dict[str, float]:
-    """Means over the whole batches there are, by weight. joint_nll and nll_1 (next token) in nats."""
+    """The task's own metrics (nats), means by weight over the whole batches there are."""
     sums, weight = {}, 0.0
     for number in range(max(1, len(rows) // rows.size)):
         found = {k: float(v) for k, v in step.evaluate(params, place_batch(rows.batch(number), step.batch, 0)).items()}
@@ -196,7 +195,7 @@ class Method:
 
 
 class Bench:
-    """Plain decoding of one base, and heads beside it."""
+    """Plain decoding of one base, and trained drafters beside it."""
 
     def __init__(self, cfg, base, prompts, stops):
         self.dtype = 'float32' if TINY.value else 'bfloat16'
@@ -204,8 +203,10 @@ class Bench:
         self.target = PlainTarget(cfg, self.dtype, stacked=False)
         self.plain = Method(self.target, Autoregressive(), {'base': self.base}, prompts, stops)
 
-    def method(self, drafter, head) -> Method:
-        params = {'base': self.base, 'tensorhead': drafter.ready(head, self.base, jnp.dtype(self.dtype))}
+    def method(self, task, head) -> Method:
+        spec = task.drafter()
+        drafter = components.build(spec['factory'], spec['kwargs'], {'cfg': task.cfg}, spec['factory'])
+        params = {'base': self.base, spec['params']: drafter.ready(head, self.base, jnp.dtype(self.dtype))}
         return Method(self.target, drafter, params, self.prompts, self.stops)
 
     def in_turns(self, heads: dict[str, Method]) -> dict[str, dict]:
@@ -229,13 +230,18 @@ class Bench:
 
 
 def main(argv: list[str]) -> None:
+    every = TINY_HEADS if TINY.value else HEADS
+    compare('train_tensorhead', {name: every[name] for name in WHICH.value or every},
+            lambda shape: configure(*shape), lambda shape: dict(zip(('rank', 'horizon'), shape, strict=True)))
+
+
+def compare(title: str, chosen: dict, configure, describe) -> None:
+    """Trains what `configure(chosen[name])` says, one after the other, and decodes with all; writes TITLE.json."""
     out = pathlib.Path(OUT.value)
     out.mkdir(parents=True, exist_ok=True)
-    every = TINY_HEADS if TINY.value else HEADS
-    chosen = {name: every[name] for name in WHICH.value or every}
     report, methods, rows = {}, {}, None
     for name, shape in chosen.items():
-        config = configure(*shape)
+        config = configure(shape)
         with jax.set_mesh(make_mesh()):
             step = plan(config, make_mesh())
             state = step.init()
@@ -254,18 +260,18 @@ def main(argv: list[str]) -> None:
                 bench = Bench(step.task.cfg, base, read_prompts(rows.rows), stop_tokens(config))
             head, found = train(config, step, state, rows, held_out, published)
         found['files'] = save(name, head, out)
-        methods[name] = bench.method(TensorHeadDrafter(step.task.head), head)
+        methods[name] = bench.method(step.task, head)
         found |= {'greedy': methods[name].accepted(GREEDY), 'sampled': methods[name].accepted(Sampling(1.0))}
-        report['heads'][name] = {'rank': shape[0], 'horizon': shape[1], **found}
-        write_json(report, out)
+        report['heads'][name] = describe(shape) | found
+        write_json(report, out / f'{title}.json')
         print(name, json.dumps({k: v for k, v in found.items() if k not in ('step_ms', 'curve')}), flush=True)
     report['decoding'] = {'dtype': bench.dtype, 'batch': 1, 'temperature': 0, **bench.in_turns(methods)}
-    write_json(report, out)
+    write_json(report, out / f'{title}.json')
     print(json.dumps(report['decoding']))
 
 
-def write_json(report: dict, out: pathlib.Path) -> None:
-    (out / 'train_tensorhead.json').write_text(json.dumps(report, indent=2))
+def write_json(report: dict, path: pathlib.Path) -> None:
+    path.write_text(json.dumps(report, indent=2))
 
 
 def stop_tokens(config) -> tuple[int, ...]:
