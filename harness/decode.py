@@ -115,10 +115,12 @@ def check_request(target: Target, prompts: Sequence[Sequence[int]], max_new_toke
 
 def generate(target: Target, drafter: Drafter, params: Any, prompts: Sequence[Sequence[int]], *,
              max_new_tokens: int, sampling: Sampling = GREEDY, stop_tokens: Sequence[int] = (), seed: int | Array = 0,
-             on_tokens: Callable[[int, list[int]], None] | None = None) -> Generation:
+             on_tokens: Callable[[int, list[int]], None] | None = None,
+             on_state: Callable[[DecodeState], None] | None = None) -> Generation:
     """Continues every prompt by up to max_new_tokens ids, or to the first stop token (kept).
 
     params: {'base': ...} and what the drafter needs. on_tokens(row, ids) streams each round.
+    on_state(state): sees the state after the last round, for logs that a target keeps in its cache.
     seed: an integer, or one key a row [B]: then what a row draws does not depend on the rows beside it.
     Errors: RequestError, before anything is compiled.
     """
@@ -132,6 +134,8 @@ def generate(target: Target, drafter: Drafter, params: Any, prompts: Sequence[Se
         state = _stream(target, drafter, params, state, request, on_tokens)
     jax.block_until_ready(state)
     end = time.perf_counter()
+    if on_state is not None:
+        on_state(state)
 
     ids, pos = np.asarray(state.cache.tokens), np.asarray(state.cache.pos)
     new = [ids[row, n:pos[row] + 1].tolist() for row, n in enumerate(request.lengths)]
