@@ -35,9 +35,9 @@ def get_config(variant: str = ''):
         config.data.manual_dir = 'out/text/smollm2_more'
         config.task.kwargs.update({'draft_ids': 'out/text/smollm2_more/ids.npy', 'unroll': 2, 'positions': 128})
         config.optimizer.update({'learning_rate': 1e-3, 'warmup_steps': 5, 'decay_steps': 0})
-        config.num_steps = 120
-        config.eval.every = 40
-        config.checkpoint.every = 40
+        config.num_steps = 60
+        config.eval.every = 20
+        config.checkpoint.every = 20
     elif variant == 'gpu':
         config.task.kwargs.unroll = 3
         config.task.kwargs.m2r2.draft_vocab = 16384

@@ -5,12 +5,14 @@
     python scripts/m2r2_tradeoff.py --tiny --out=out/m2r2_tradeoff_tiny         # a random model, under a minute
 
 A method is NAME=SOURCE: the directory of a run that trains gates or accelerators, or a folder of the zoo with
-accelerators. Beside them stand 'none' (the untrained logit lens; with margin and copy_h as in Schuster et al., 2022,
-arXiv 2207.07061) and falling schedules (as in Del Corro et al., 2023, arXiv 2307.02628; see EarlyExitTarget). Held-out
-rows come from the data of --config. Their first --calibrate rows set thresholds (m2r2/calibrate.py): quantiles of the
-scores for the sweep, and those with a bound on the risk for --targets; the next --rows are measured:
+accelerators, and gates if it has them. Beside them stand 'none' (the untrained logit lens; with margin and copy_h as in
+Schuster et al., 2022, arXiv 2207.07061) and falling schedules (as in Del Corro et al., 2023, arXiv 2307.02628; see
+EarlyExitTarget). Held-out rows come from the data of --config. Their first --calibrate rows set thresholds
+(m2r2/calibrate.py): quantiles of the scores for the sweep, and those with a bound on the risk for --targets; the next
+--rows are measured:
 
     perplexity   of --steps tokens after --prompt tokens of text, one token at a time, the text given
+    on text      share of those where the plain model's choice is chosen: what --targets bound, for exact states
     agreement    share of the plain model's own greedy tokens that are chosen, given the same tokens before
     divergence   first token at which free generation leaves the plain one's (--steps: none), mean over prompts
     layers       mean exit layer; equivalent: with fast stream, tests and unused unembeddings, in layers of the base
@@ -51,6 +53,7 @@ from m2r2.early_exit import EarlyExitTarget, falling_schedule
 from m2r2.gates import GateConfig
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the first exit's scores: shares of tokens that stay there
+EVERY = 4  # one in so many positions chooses thresholds with a bound: neighbours are not independent
 FILLS = ('defer', 'lerp', 'copy_h', 'copy_p', 'drop')
 
 
@@ -106,18 +109,20 @@ def method_of(name: str, source: str, cfg: ModelConfig, base_hash: str) -> Metho
         found = models.formats.params_hash(jax.tree.map(np.asarray, params['base']))
         method = Method(name, task.m2r2, params.get('m2r2', {}), trained)
     else:
-        mine, card = gate_task.read_accelerators(source)
-        fields = card.get('drafter', {}).get('kwargs', {}).get('m2r2')
+        tree, card = gate_task.read_artefact(source)
+        fields, early = gate_task.fields_of(card), card.get('early_exit')
         if fields is None:
             raise RequestError(f'{source}: the card does not say what accelerators these are')
-        method, found = Method(name, M2R2Config.of(cfg, fields), mine, {}), card['base_hash']
+        trained = {GateConfig.of(early['gate']): tree['m2r2_gates']} if early else {}
+        mine = tree.get('m2r2', {}) if early else tree
+        method, found = Method(name, M2R2Config.of(cfg, fields), mine, trained), card['base_hash']
     if found != base_hash:
         raise RequestError(f'{source}: trained on a base with parameters {found}, the model has {base_hash}')
     return method
 
 
 def points_of(methods: list[Method], seen: dict[str, dict], fills: list[str], head: list[str], quantiles: list[float],
-              targets: list[float], steps: int) -> list[Point]:
+              targets: list[float], steps: int, schedules: int) -> list[Point]:
     """Every fill for the first gate of each method, 'defer' (untrained: 'copy_h') for the others; then schedules."""
     points = []
     for method in methods:
@@ -126,14 +131,16 @@ def points_of(methods: list[Method], seen: dict[str, dict], fills: list[str], he
             scores, agrees = seen[method.name][f'score:{gate.kind}'], seen[method.name]['agreement']
             chosen = {f'q{q:g}': (float(np.quantile(scores[0], q)),) * len(scores) for q in quantiles}
             for target in targets:
-                found = calibrate.per_exit(scores, agrees, method.m.exits, method.m.num_layers, target=target)
+                found = calibrate.per_exit(scores[:, ::EVERY], agrees[:, ::EVERY], method.m.exits, method.m.num_layers,
+                                           target=target)
                 chosen[f'target{target:g}'] = found.thresholds
             alone = 'copy_h' if method.m.stream == 'none' else 'defer'
             for fill in fills if i == 0 else [alone]:
                 points += [Point(f'{method.name}/{gate.kind}/{fill}/{label}', method, gate, fill, thresholds)
                            for label, thresholds in chosen.items()]
         ends = (*method.m.exits, method.m.num_layers)
-        for first, last in [(end, end) for end in ends[:-1]] + [(ends[-1], end) for end in ends[:-1]]:
+        falls = [(ends[-1], end) for end in ends[:-1]] + [(end, end) for end in ends[:-1]]
+        for first, last in falls[:schedules]:
             points.append(Point(f'{method.name}/schedule/drop/{first}-{last}', method, None, 'drop',
                                 schedule=falling_schedule(method.m, steps, first, last)))
     return points
@@ -145,9 +152,10 @@ def points_of(methods: list[Method], seen: dict[str, dict], fills: list[str], he
 def look(cfg: ModelConfig, method: Method, head: list[str], base: dict, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Of alignment.at_exits, positions of all rows: [J, n]."""
     trained = method.gates | {GateConfig(kind): {} for kind in head}
+    mine = jax.device_put(method.m2r2)
     of = jax.jit(lambda base, mine, params, row: alignment.at_exits(
         cfg, method.m, base, mine, row[None], dict(zip(trained, params, strict=True))))
-    found = [of(base, method.m2r2, list(trained.values()), row) for row in rows]
+    found = [of(base, mine, list(trained.values()), row) for row in rows]
     return {name: np.concatenate([np.asarray(part[name])[:, 0] for part in found], axis=1) for name in found[0]}
 
 
@@ -177,8 +185,8 @@ def summary(method: Method, seen: dict[str, np.ndarray], targets: list[float]) -
         if name.startswith('score:'):
             scores, agrees = seen[name], seen['agreement']
             tables = [calibrate.reliability(*pair) for pair in zip(scores, agrees, strict=True)]
-            limits = [calibrate.per_exit(scores, agrees, method.m.exits, method.m.num_layers, target=target).to_dict()
-                      for target in targets]
+            limits = [calibrate.per_exit(scores[:, ::EVERY], agrees[:, ::EVERY], method.m.exits, method.m.num_layers,
+                                         target=target).to_dict() for target in targets]
             found['gates'][name.removeprefix('score:')] = {
                 'auc': [calibrate.auc(*pair) for pair in zip(scores, agrees, strict=True)],
                 'reliability': [rows for rows, _ in tables], 'calibration_error': [error for _, error in tables],
@@ -191,7 +199,7 @@ def summary(method: Method, seen: dict[str, np.ndarray], targets: list[float]) -
 
 @functools.partial(jax.jit, static_argnames=('target', 'prompt'))
 def forced(target: Any, params: dict, tokens: jax.Array, prompt: int) -> tuple[Any, jax.Array, jax.Array]:
-    """The tokens [B, S] one at a time after the first `prompt`: (cache, nats of each next token, choices [B, steps])."""
+    """Tokens [B, S], one at a time after the first `prompt`: (cache, nats of each next token, choices [B, steps])."""
     batch, size = tokens.shape
     lengths = jnp.full((batch,), prompt)
     cache = target.init_cache(batch, size, 0)
@@ -266,16 +274,17 @@ def prepare(cfg: ModelConfig, base: dict, dtype: str, prompt: int, steps: int, r
 
 def table(rows: list[dict], num_layers: int) -> str:
     lines = [f'Plain: {num_layers} layers, perplexity {rows[0]["plain_perplexity"]:.3f}.', '',
-             '| method | gate | kv_fill | thresholds | perplexity | agreement | divergence | layers | equivalent | '
-             'ms (quartiles) | plain ms | speed-up |', '|---|---|---|---|---|---|---|---|---|---|---|---|']
+             '| method | gate | kv_fill | thresholds | perplexity | on text | agreement | divergence | layers | '
+             'equivalent | ms (quartiles) | plain ms | speed-up |', '|---' * 13 + '|']
     for row in rows:
         setting = row['key'].rsplit('/', 1)[1]
         if row['thresholds']:
             setting += ': ' + ', '.join(f'{t:.3g}' for t in row['thresholds'])
         ms, plain = row['ms'], row['plain_ms']
         lines.append(f'| {row["method"]} | {row["gate"]} | {row["kv_fill"]} | {setting} | {row["perplexity"]:.3f} | '
-                     f'{row["agreement"]:.3f} | {row["divergence"]:.1f} | {row["layers"]:.2f} | '
-                     f'{row["equivalent_layers"]:.2f} | {ms[0]:.2f} ({ms[1]:.2f}-{ms[2]:.2f}) | {plain[0]:.2f} | '
+                     f'{row["text_agreement"]:.3f} | {row["agreement"]:.3f} | {row["divergence"]:.1f} | '
+                     f'{row["layers"]:.2f} | {row["equivalent_layers"]:.2f} | '
+                     f'{ms[0]:.2f} ({ms[1]:.2f}-{ms[2]:.2f}) | {plain[0]:.2f} | '
                      f'{plain[0] / ms[0]:.2f} |')
     return '\n'.join(lines) + '\n'
 
@@ -361,13 +370,14 @@ def main(args: argparse.Namespace) -> list[dict]:
         raise RequestError(f'{out} was made with other settings (settings.json): give another --out')
     cfg, base, methods, rows = tiny(args) if args.tiny else real(args)
     if rows.shape[1] < args.prompt + args.steps + 1:
-        raise RequestError(f'rows have {rows.shape[1]} tokens, --prompt and --steps need {args.prompt + args.steps + 1}')
+        raise RequestError(f'rows have {rows.shape[1]} tokens, --prompt + --steps + 1 are needed')
     write(out / 'settings.json', json.dumps(settings, indent=1) + '\n')
+    base = jax.device_put(base)
     untrained = methods[0].m if methods else M2R2Config.of(cfg, {'exits': 2})
     methods.append(Method('none', dataclasses.replace(untrained, stream='none', qo_rank=0), {}, {}))
 
-    speeds = [jax.jit(lambda base, row: alignment.velocity(cfg, base, row[None]))(base, row)
-              for row in rows[:min(8, args.calibrate)]]
+    speed = jax.jit(lambda base, row: alignment.velocity(cfg, base, row[None]))
+    speeds = [speed(base, row) for row in rows[:min(8, args.calibrate)]]
     statistics = {'velocity': {name: np.mean([np.asarray(part[name]).mean((1, 2)) for part in speeds], 0).tolist()
                                for name in speeds[0]}, 'methods': {}}
     seen = {}
@@ -380,11 +390,13 @@ def main(args: argparse.Namespace) -> list[dict]:
                    rows[args.calibrate:, :args.prompt + args.steps + 1])
     found = read_rows(out / 'rows.jsonl')
     done = {row['key'] for row in found}
-    for point in points_of(methods, seen, args.fills, args.gates, args.quantiles, args.targets, args.steps):
+    for point in points_of(methods, seen, args.fills, args.gates, args.quantiles, args.targets, args.steps,
+                           args.schedules):
         if point.key not in done:
-            found.append(measure(work, point))
+            line = json.dumps(measure(work, point))
+            found.append(json.loads(line))
             with open(out / 'rows.jsonl', 'a') as file:
-                file.write(json.dumps(found[-1]) + '\n')
+                file.write(line + '\n')
             print(f'{point.key}: perplexity {found[-1]["perplexity"]:.3f}, agreement {found[-1]["agreement"]:.3f}, '
                   f'layers {found[-1]["layers"]:.2f}, {found[-1]["ms"][0]:.2f} ms (plain '
                   f'{found[-1]["plain_ms"][0]:.2f})', flush=True)
@@ -404,6 +416,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--fills', nargs='+', default=list(FILLS), choices=FILLS)
     parser.add_argument('--quantiles', nargs='*', type=float, default=list(QUANTILES))
     parser.add_argument('--targets', nargs='*', type=float, default=[0.9, 0.95], help='agreement to bound')
+    parser.add_argument('--schedules', type=int, default=100, help='so many for each method, at most')
     parser.add_argument('--calibrate', type=int, default=64, help='rows')
     parser.add_argument('--rows', type=int, default=16)
     parser.add_argument('--prompt', type=int, default=32)
@@ -412,8 +425,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'))
     args = parser.parse_args(argv)
     if args.tiny:
-        args.gates, args.fills, args.quantiles, args.targets = ['margin'], ['defer'], [0.3, 0.7], [0.5]
-        args.calibrate, args.rows, args.prompt, args.steps, args.repeats = 8, 2, 6, 8, 2
+        args.gates, args.fills, args.quantiles, args.targets = ['margin'], ['copy_h'], [0.5], [0.5]
+        args.calibrate, args.rows, args.prompt, args.steps, args.repeats, args.schedules = 8, 2, 6, 8, 2, 1
     return args
 
 

@@ -14,11 +14,13 @@ from backbone.errors import ConfigError, FormatError
 from backbone.formats.tensors import Loaded, params_hash
 from backbone.layout import pack
 from backbone.model import PlainTarget, embed, hidden_states, sequence_context, unembed
+from backbone.presets import preset
 from configs import m2r2_smollm2, training
 from harness import artefacts, models, train
 from harness.baselines import Autoregressive
 from harness.decode import generate
 from m2r2 import task as tasks
+from m2r2.config import M2R2Config
 from tests.conftest import lively
 
 SHAPE = training.llama(vocab=257, hidden=32, layers=3, heads=2, kv_heads=1, intermediate=48, max_seq_len=64)
@@ -177,3 +179,11 @@ def test_all_exits_train_in_one_pass():
 def test_wrong_options_are_named(options, said):
     with pytest.raises(ConfigError, match=said):
         small_task(**options)
+
+
+@pytest.mark.parametrize('variant', ('', 'more', 'gpu', 'exits', 'deed'))
+def test_configs_fit_their_base(variant):
+    config = m2r2_smollm2.get_config(variant)
+    m = M2R2Config.of(preset(config.task.kwargs.base), config.task.kwargs.m2r2.to_dict())
+    assert (m.carry > 0) == (len(m.exits) == 1), 'a carry is for drafting'
+    assert config.task.kwargs.unroll == 1 or m.carry
