@@ -24,6 +24,16 @@ def lively(cfg: ModelConfig, seed: int = 0) -> dict:
     return jax.jit(lambda key: jax.tree.map(lambda a: 1.5 * a, init_params(cfg, key)))(jax.random.key(seed))
 
 
+@pytest.fixture(scope='module')
+def quick_compile():
+    """For modules that compile much and compute little: the same programs, a third less work for LLVM on them.
+
+    Not for what is held to the bit against another process, and not where a real model runs."""
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)
+
+
 @pytest.fixture(scope='session')
 def cfg():
     return tiny_config()

@@ -43,6 +43,7 @@ from harness.results import Mismatch, Results, Row, Spread
 from harness.rows import NearTies, agreement, by_position
 from tests.harness import gained, test_models
 
+pytestmark = pytest.mark.usefixtures('quick_compile')
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = sorted(p.stem for p in (ROOT / 'configs').glob('compare*.py'))
 

@@ -24,6 +24,7 @@ from harness.checkpoint import read_part, steps_in
 
 MESH = {'stage': 1, 'data': 1, 'expert': 1, 'model': 1, 'fsdp': True}
 ROOT = pathlib.Path(__file__).parents[2]
+QUICK = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}  # of a process that compiles much and computes little
 WORDS = ('time', 'stack', 'river', 'model', 'light', 'token', 'stone', 'layer', 'house', 'early', 'draft', 'exit')
 
 
@@ -225,7 +226,7 @@ def test_bad_configs_are_named(make, tmp_path, changes, error, names):
 def run_train(*args, env=(), wait=True):
     command = [sys.executable, '-m', 'harness.launch.train', *args]
     process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''} | dict(env))
+                               env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''} | QUICK | dict(env))
     return (*process.communicate(timeout=240), process.returncode) if wait else process
 
 

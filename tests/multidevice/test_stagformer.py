@@ -26,6 +26,7 @@ from stagformer.target import StagFormerTarget
 from stagformer.task import StagFormerTask
 from tests.conftest import tiny_config
 
+pytestmark = pytest.mark.usefixtures('quick_compile')
 ROOT = pathlib.Path(__file__).parents[2]
 V, D, B = 96, 32, 4
 

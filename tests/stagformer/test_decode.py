@@ -82,6 +82,11 @@ def feed(forward, cache, tokens, sizes):
 commit = jax.jit(caches.commit)
 
 
+def rounding(case):
+    """Of a logit in float32. Where no norm is on what is read, one position of TOKENS rounds 15 times coarser."""
+    return 2e-5 if CASES[case].context_norm else 2e-4
+
+
 def references(cfg, stored, tokens=TOKENS):
     return np.stack([staggered(cfg, stored, row)[0] for row in tokens])
 
@@ -94,7 +99,7 @@ def test_every_way_through_a_cache_is_the_whole_pass(case, form):
     want = references(target.cfg, stored)
     for sizes in ((1,) * 9, (4, 1, 4)):
         got, _ = feed(forward, target.init_cache(2, SLOTS, BLOCK), TOKENS, sizes)
-        np.testing.assert_allclose(got, want, atol=2e-5)
+        np.testing.assert_allclose(got, want, atol=rounding(case))
 
 
 @pytest.mark.parametrize('case', [c if c == 'p=2 w=1' else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
@@ -122,10 +127,10 @@ def test_rows_of_different_length(case, form):
     target, _, stored, forward = ready(CASES[case], form)
     want = references(target.cfg, stored)
     first, cache = prompted(target, forward, padded, lengths)
-    np.testing.assert_allclose(first, want[rows, lengths - 1], atol=2e-5)
+    np.testing.assert_allclose(first, want[rows, lengths - 1], atol=rounding(case))
     for at in range(4):
         output = forward(TOKENS[rows, lengths + at][:, None], cache)
-        np.testing.assert_allclose(output.logits[:, 0], want[rows, lengths + at], atol=2e-5)
+        np.testing.assert_allclose(output.logits[:, 0], want[rows, lengths + at], atol=rounding(case))
         cache = commit(output.cache, np.zeros(2, np.int32), TOKENS[rows, lengths + at + 1])
 
 
@@ -146,7 +151,7 @@ def after_rejections(case, form, room):
 
 @quick(('p=2 w=3', 'tuple'), ('p=2 w=None', 'arrays'))
 def test_rejected_blocks_leave_no_trace(case, form):
-    assert after_rejections(case, form, BLOCK) < 2e-5
+    assert after_rejections(case, form, BLOCK) < rounding(case)
 
 
 def test_a_ring_without_room_for_a_block_is_caught():
@@ -179,7 +184,7 @@ def test_slots_nobody_may_read_hold_anything(case, form):
     _, cache = feed(forward, target.init_cache(2, SLOTS, BLOCK), TOKENS[:, :5], (4, 1))
     for size in (1, 4):
         got = forward(TOKENS[:, 5:5 + size], poison(target, cache))
-        np.testing.assert_allclose(got.logits, want[:, 5:5 + size], atol=2e-5)
+        np.testing.assert_allclose(got.logits, want[:, 5:5 + size], atol=rounding(case))
     if target.cfg.window == 3:  # control: the oldest position in sight
         assert np.isnan(forward(TOKENS[:, 5:6], poison(target, cache, also=2)).logits).any()
 
