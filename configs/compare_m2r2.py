@@ -3,7 +3,7 @@
     headway-compare --config=configs/compare_m2r2.py --workdir=out/compare_m2r2
     headway-compare --config=configs/compare_m2r2.py:code --workdir=out/compare_m2r2_code      # HumanEval prompts
 
-Draft lengths 1 to 4 and drafts that stop where they doubt, untrained exits (at the same layer, and at the best one),
+Draft lengths 1 to 3 and drafts that stop where they doubt, untrained exits (at the same layer, and at the best one),
 Medusa-style heads, prompt lookup, Lookahead. About 12 minutes on two cores. `scripts/m2r2_prediction.py out/...` prints
 the cost formula's prediction beside each row. `:tiny` runs on a random model in under a minute.
 """
@@ -15,8 +15,8 @@ ARTEFACT = 'm2r2_smollm2_draft'
 
 def get_config(variant: str = ''):
     config = compare.get_config('tiny' if variant == 'tiny' else '')
-    trained = {f'm2r2_{block}': compare.method(artefact=ARTEFACT, block=block) for block in (1, 2, 3, 4)}
-    trained['m2r2_doubt'] = compare.method(artefact=ARTEFACT, block=4, doubt=30)
+    trained = {f'm2r2_{block}': compare.method(artefact=ARTEFACT, block=block) for block in (1, 2, 3)}
+    trained['m2r2_doubt'] = compare.method(artefact=ARTEFACT, block=3, doubt=30)
     others = {
         'early_exit_same': compare.method('harness.baselines.EarlyExit', layer=3, block=1),
         'early_exit_28': compare.method('harness.baselines.EarlyExit', layer=28, block=1),

@@ -18,12 +18,12 @@ def get_config(variant: str = ''):
     config.data.update({'dataset': 'selfgen', 'manual_dir': 'out/text/stories', 'tokenizer': 'stories-15m',
                         'seq_len': 256, 'batch_size': 16, 'loss_on': 'all'})
     config.task.kwargs.update({
-        'base': 'stories-15m', 'cached': True, 'kd': 1.0, 'loss_chunk': 64,
+        'base': 'stories-15m', 'cached': True, 'kd': 1.0, 'positions': 32,
         'm2r2': {'exits': (2, 4), 'rank': 32, 'activation': 'silu', 'ffn': True, 'stream': 'fast'}})
     config.optimizer.update({'learning_rate': 2e-3, 'warmup_steps': 40, 'weight_decay': 0.01})
     config.start = ''  # directory of a run whose trained parameters this one starts from
-    config.num_steps = 400
-    config.eval.update({'every': 200, 'batches': 4})
+    config.num_steps = 300
+    config.eval.update({'every': 100, 'batches': 4})
     config.checkpoint.update({'every': 100})
     if variant == 'deed':
         config.task.kwargs.m2r2.stream = 'exit'

@@ -31,7 +31,7 @@ def table(results: dict) -> list[str]:
     cfg = ModelConfig.from_dict(results['model']['config'])
     for row in results['rows']:
         spec = results['config']['methods'][row['method']]
-        if not spec['artefact']:
+        if not spec['artefact'] or row['draft_ms'] is None:  # identity only, not timed
             continue
         card = json.loads((zoo.ROOT / spec['artefact'] / 'card.json').read_text())
         if 'm2r2' not in card['drafter']['kwargs']:
