@@ -21,8 +21,8 @@ setup(
     package_data={'backbone': ['native/*.c', 'native/*.h'], 'harness': ['native/*', 'templates/*']},
     install_requires=[
         'jax>=0.10,<0.13', 'flax>=0.12', 'optax', 'scipy', 'orbax-checkpoint', 'grain', 'tensorflow-datasets',
-        'absl-py', 'ml_collections', 'tokenizers', 'safetensors', 'gguf', 'tqdm', 'tensorboardX', 'matplotlib', 'jinja2',
-        'importlib_resources',  # tensorflow-datasets imports it without asking for it
+        'absl-py', 'ml_collections', 'tokenizers', 'safetensors', 'gguf', 'tqdm', 'tensorboardX', 'matplotlib',
+        'jinja2', 'importlib_resources',  # tensorflow-datasets imports it without asking for it
     ],
     extras_require={
         'eval': ['lm-eval'],
