@@ -17,6 +17,12 @@ What a run trains may instead be a model, plain or with Task.decodes() (harness/
               'tokenizer': 'bytes', or 'tokenizer', the folder that holds it}
 
 and `models.load(name)` gives it. int8 makes it another model than the run's: `base_hash` is that of the artefact.
+
+Or it is what decodes a base it does not hold, an approximation of it: its card has
+
+    'target': {'factory', 'kwargs', 'pack', 'params'}        as Task.decodes() in harness/models.py
+
+and `models.load(name)` gives the base, named by the card, with that around it.
 """
 
 from __future__ import annotations
@@ -31,7 +37,7 @@ import ml_collections
 import numpy as np
 
 from backbone.config import ModelConfig
-from backbone.contract import Drafter
+from backbone.contract import Drafter, Target
 from backbone.errors import FormatError
 from backbone.formats.tensors import flatten, params_hash, unflatten
 from harness import components, models, zoo
@@ -63,6 +69,23 @@ def find(name: str, cfg: ModelConfig, base_hash: str, arguments: Mapping[str, An
             raise FormatError(f'{name}: trained on a base with parameters {trained_on}, the base given has {base_hash}')
     drafter = components.build(spec['factory'], {**spec['kwargs'], **(arguments or {})}, {'cfg': cfg}, name)
     return drafter, lambda base, dtype: {spec['params']: drafter.ready(tree, base, dtype)}
+
+
+def find_target(name: str, base_hash: str, cache_dtype: str, arguments: Mapping[str, Any]
+                ) -> tuple[Target, Callable[[Any, Any], dict[str, Any]]] | None:
+    """What the artefact `name` decodes this base with, packed, and `ready` as of `find`; None where it drafts.
+
+    arguments: replace those on the card. Errors: as `find`.
+    """
+    if name not in zoo.names() or 'target' not in (loaded := zoo.load(name, base_hash))[1]:
+        return None
+    tree, spec = loaded[0], loaded[1]['target']
+    kwargs = {**spec['kwargs'], **arguments}
+    target = components.build(spec['factory'], kwargs, {'cache_dtype': cache_dtype, 'packed': True}, name)
+
+    def ready(base: Any, dtype: Any) -> dict[str, Any]:
+        return components.build(spec['pack'], kwargs, {'params': {'base': base, **tree}, 'dtype': dtype}, name)
+    return target, ready
 
 
 def from_workdir(name: str) -> tuple[dict[str, Any], dict[str, Any], str]:
@@ -100,7 +123,11 @@ def to_zoo(name: str, workdir: str | Path, card: Mapping[str, Any], int8: tuple[
     int8: regexes of the matrices stored so; None: none of a drafter, LARGE of a model. Errors: FormatError.
     """
     folder, step = models.split(str(workdir))
-    if hasattr(_task(folder), 'drafter'):
+    task = _task(folder)
+    if hasattr(task, 'artefact_script'):
+        raise FormatError(f'{workdir}: what this run trains is nothing without what another script adds: make '
+                          f'the artefact with {task.artefact_script}')
+    if hasattr(task, 'drafter'):
         tree, spec, base_hash = from_workdir(str(workdir))
         zoo.save(name, tree, {'base_hash': base_hash, 'drafter': spec, **card}, root, overwrite, int8 or ())
         return

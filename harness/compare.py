@@ -135,16 +135,21 @@ def make_benches(config: Any, models: dict[str, Subject], num_prompts: int) -> l
             subject = models[spec.get('model', '')]
             loaded, params = subject.loaded, dict(subject.params[dtype])
             given = {'cfg': loaded.config, 'stacked': False, 'cache_dtype': config.cache_dtypes[dtype]}
-            if spec.target == PLAIN:
+            found = spec.get('artefact') and artefacts.find_target(
+                spec.artefact, loaded.base_hash, given['cache_dtype'], spec.target_kwargs)
+            if found:
+                target = found[0]
+            elif spec.target == PLAIN:
                 target = subjects.target_of(subject, spec, given['cache_dtype'])
             else:
                 target = build(spec.target, spec.target_kwargs, given, f'methods.{name}.target')
-            if spec.get('artefact'):
+            if spec.get('artefact') and not found:
                 drafter, ready = artefacts.find(spec.artefact, loaded.config, loaded.base_hash, spec.kwargs)
                 params |= ready(params['base'], dtype)
             else:
                 drafter = build(spec.drafter or STEPWISE, spec.kwargs, given, f'methods.{name}.drafter')
                 drafters.check(drafter, loaded)
+            params |= found[1](params['base'], dtype) if found else {}
             if spec.params:
                 params |= build(spec.params, {}, {'cfg': loaded.config, 'base': params['base'], 'dtype': dtype},
                                 f'methods.{name}.params')

@@ -17,6 +17,7 @@ an artefact repeats that (so the harness needs to know no method):
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -166,6 +167,12 @@ def _from_workdir(folder: Path, step: int | None, dtype: Any) -> Loaded:
 def _from_zoo(name: str, dtype: Any) -> Loaded:
     tree, card = zoo.load(name)
     where = str(zoo.ROOT / name / zoo.CARD)
+    if 'target' in card:
+        base = formats.load(card['base'], dtype)
+        zoo.load(name, base.base_hash)  # names both where they differ
+        extra = jax.tree.map(lambda a: a.astype(dtype, copy=False), tree)
+        return dataclasses.replace(base, name=name, decodes=card['target'], extra=extra,
+                                   base_hash=hash_of({'base': base.params, **tree}, card['target']))
     if 'model' not in card:
         raise FormatError(f'{name}: this artefact drafts for {card["base"]}, it is not a model')
     with faults_of(where):

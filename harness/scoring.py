@@ -74,10 +74,13 @@ class Scorer:
     @classmethod
     def of(cls, loaded: Loaded, batch_size: int = 16, progress: bool = True) -> Scorer:
         """Of a model as `models.load` gives it, its layers stacked: that compiles fastest. Errors: RequestError where
-        it has no tokenizer."""
+        it has no tokenizer, or approximates."""
         if loaded.tokenizer is None:
             raise RequestError(f'{loaded.name} has no tokenizer')
         target, params = models.target(loaded, packed=False)
+        if not target.exact:
+            raise RequestError(f'{loaded.name} approximates its base: what that loses shows one token at a time, not '
+                               'in scores of whole texts; a row of headway-compare says it (quality)')
         return cls(loaded.config, params, loaded.tokenizer, batch_size, target, progress,
                    decoder=None if loaded.decodes is None else lambda: models.target(loaded))
 

@@ -16,7 +16,7 @@ base is trained so; on a frozen base there is nothing that it could be compared 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -24,11 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from backbone import cache as caches
+from backbone import layout
 from backbone.config import ModelConfig
 from backbone.contract import Output, Resume
 from backbone.errors import ConfigError
 from backbone.model import PlainTarget, embed, finish, run_layers, unembed
-from m2r2 import exit_state, exit_step, gates, streams
+from m2r2 import exit_state, exit_step, exits, gates, streams
 from m2r2.config import M2R2Config
 from m2r2.exit_state import ExitState, put
 from m2r2.gates import GateConfig
@@ -244,6 +245,28 @@ class EarlyExitTarget:
         weights = tuple(sum(a.size for a in jax.tree.leaves(shapes.get(f'exit_{i + 1}', {})))
                         for i in range(len(self.m.exits)))
         return exit_state.statistics(self.cfg, self.m, cache, self.needs_head, weights)
+
+
+def build(model: Mapping[str, Any], m2r2: Mapping[str, Any], gate: Mapping[str, Any] | None = None,
+          thresholds: Sequence[float] = (), kv_fill: str = 'defer', pending: int = 3, schedule: Sequence[int] = (),
+          cache_dtype: str = 'float32', packed: bool = True) -> EarlyExitTarget:
+    """By name: fields of ModelConfig, M2R2Config and GateConfig. packed: for parameters from `pack`.
+
+    Errors: ConfigError."""
+    cfg = ModelConfig.from_dict(model)
+    return EarlyExitTarget(cfg, M2R2Config.of(cfg, m2r2), None if gate is None else GateConfig.of(gate),
+                           tuple(thresholds), kv_fill, pending, cache_dtype, not packed, tuple(schedule))
+
+
+def pack(params: dict, model: Mapping[str, Any], m2r2: Mapping[str, Any], dtype: Any = jnp.float32,
+         **settings: Any) -> dict:
+    """{'base', 'm2r2', 'm2r2_gates'} as trained, for decoding; a base that is packed stays. settings: those of `build`
+    that do not matter here."""
+    del settings
+    cfg, base = ModelConfig.from_dict(model), params['base']
+    base = base if isinstance(base['layers'], tuple) else layout.pack(base, dtype)
+    mine = exits.pack(M2R2Config.of(cfg, m2r2), params.get('m2r2', {}), base, jnp.dtype(dtype))
+    return {'base': base, 'm2r2': mine, 'm2r2_gates': jax.tree.map(jnp.asarray, params.get('m2r2_gates', {}))}
 
 
 def mean_layers(target: EarlyExitTarget, cache: caches.Cache) -> float:

@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,7 @@ class GateTask:
     query_chunk: int = 0
     attention: str = 'dense'
     trainable: tuple[str, ...] = ('m2r2_gates/.*',)
+    artefact_script: ClassVar[str] = 'scripts/m2r2_artefact.py'  # gates are nothing without thresholds
 
     def __post_init__(self):
         if self.attention not in ATTENTION:

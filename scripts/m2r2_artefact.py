@@ -5,7 +5,8 @@
 Held-out rows of the run's own data: half of the positions scale the gates' scores to rates of agreement
 (calibrate.fit_scale, folded into the gates), the other half choose a threshold an exit, so that with probability
 1 - delta at most 1 - target of all tokens leave with another word than the whole model's (calibrate.per_exit). What is
-chosen, its bound and n stand on the card: 'early_exit' {m2r2, gate, thresholds, calibrated, reliability}.
+chosen, its bound and n stand on the card: 'early_exit' {m2r2, gate, thresholds, calibrated, reliability}; 'target' says
+what decodes with it, so that `headway-generate --model=NAME` does.
 """
 
 from __future__ import annotations
@@ -45,8 +46,12 @@ def main(args: argparse.Namespace) -> dict:
     early = {'m2r2': task.m2r2.to_dict(), 'gate': task.gate.to_dict(), 'thresholds': found.thresholds,
              'calibrated': found.to_dict() | {'rows': count, 'every': args.every},
              'reliability': [calibrate.reliability(*pair)[0] for pair in zip(scores, agrees, strict=True)]}
-    card = artefacts.card_of(args.workdir) | {'base_hash': params_hash(jax.tree.map(np.asarray, params['base'])),
-                                              'early_exit': early}
+    decodes = {'model': task.cfg.to_dict(), 'm2r2': early['m2r2'], 'gate': early['gate'],
+               'thresholds': found.thresholds}
+    card = artefacts.card_of(args.workdir) | {
+        'base_hash': params_hash(jax.tree.map(np.asarray, params['base'])), 'early_exit': early,
+        'target': {'factory': 'm2r2.early_exit.build', 'kwargs': decodes, 'pack': 'm2r2.early_exit.pack',
+                   'params': ['m2r2', 'm2r2_gates']}}
     tree = {'m2r2': method.m2r2, 'm2r2_gates': method.gates[task.gate]}
     zoo.save(args.name, jax.tree.map(lambda a: np.asarray(a, np.float32), tree), card, args.root,
              overwrite=args.overwrite, int8=tuple(args.int8))
