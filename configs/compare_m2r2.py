@@ -18,7 +18,7 @@ def get_config(variant: str = ''):
     trained = {f'm2r2_{block}': compare.method(artefact=ARTEFACT, block=block) for block in (1, 2, 3)}
     trained['m2r2_doubt'] = compare.method(artefact=ARTEFACT, block=3, doubt=30)
     others = {
-        'early_exit_same': compare.method('harness.baselines.EarlyExit', layer=3, block=1),
+        'early_exit_same': compare.method('harness.baselines.EarlyExit', layer=1, block=1),
         'early_exit_28': compare.method('harness.baselines.EarlyExit', layer=28, block=1),
         'medusa_heads': compare.method(artefact='tensorhead_smollm2_r1', drafts=1),
         'tensorhead_pending': compare.method(artefact='tensorhead_smollm2_pending', drafts=2),
