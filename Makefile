@@ -149,5 +149,16 @@ out/m2r2_stories/finished: | $(STORIES)
 zoo-m2r2_stories: out/m2r2_stories/finished
 	$(ACCELERATORS) --workdir=out/m2r2_stories --name=m2r2_stories
 
+# With gates and thresholds: what --model=NAME decodes. The accelerators lie in zoo/ while their gates train.
+GATES := $(PY) -m harness.launch.train --config=configs/m2r2_gates.py
+EARLY := $(PY) scripts/m2r2_artefact.py --overwrite --target=0.9
+zoo-m2r2_smollm2_early_exit: zoo-m2r2_smollm2_exits
+	$(GATES) --workdir=out/m2r2_smollm2_gates
+	$(EARLY) --workdir=out/m2r2_smollm2_gates --name=m2r2_smollm2_early_exit
+
+zoo-m2r2_stories_early_exit: zoo-m2r2_stories
+	$(GATES):stories --workdir=out/m2r2_stories_gates
+	$(EARLY) --workdir=out/m2r2_stories_gates --name=m2r2_stories_early_exit
+
 clean:
 	rm -rf $(VENV) .venv-peers out

@@ -126,6 +126,10 @@ def test_what_is_in_the_zoo():
         params, _ = zoo.load(name, card['base_hash'])  # checks size and hash
         if 'model' in card:
             assert models.load(name).base_hash == card['base_hash']
+        elif 'target' in card:
+            assert models.load(name).decodes == card['target']
+            chosen = card['early_exit']['calibrated']
+            assert chosen['bound'] <= 1 - chosen['target'] and chosen['n'] > 1000
         else:
             assert card['base'] == 'smollm2-135m' and card['drafter']['params'] and params
             assert card['metrics']['acceptance'], 'measured on held-out prompts'
