@@ -11,7 +11,7 @@ from typing import Any
 
 from backbone.errors import ConfigError
 
-FAMILIES = ('llama', 'qwen2', 'opt', 'gemma')
+FAMILIES = ('llama', 'qwen2', 'opt', 'gemma', 'mixtral', 'olmoe')
 ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh', 'relu')
 
 
@@ -48,6 +48,7 @@ class AttentionConfig:
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     window: int | None = None  # a query sees this many latest slots, itself included
+    qk_norm: bool = False  # RMS norm over the whole query and key projections (OLMoE)
 
     def __post_init__(self):
         for name in ('num_heads', 'num_kv_heads', 'head_dim'):
@@ -74,6 +75,26 @@ class MlpConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """A mixture of experts in the place of the MLP: each token goes through experts_per_token of num_experts.
+
+    The model's `mlp` is then the shape of one expert. norm_topk: the chosen experts' probabilities are scaled to sum to
+    one (Mixtral), or taken as they are (OLMoE). shared_size: intermediate size of an expert that every token passes
+    besides; 0: none.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    norm_topk: bool = True
+    shared_size: int = 0
+
+    def __post_init__(self):
+        _require(1 <= self.experts_per_token <= self.num_experts,
+                 f'moe.experts_per_token {self.experts_per_token} is not in 1..{self.num_experts} (moe.num_experts)')
+        _require(self.shared_size >= 0, f'moe.shared_size must be >= 0, got {self.shared_size}')
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer. Sizes count scalars; `max_seq_len` counts tokens."""
 
@@ -91,6 +112,7 @@ class ModelConfig:
     embed_size: int | None = None  # narrower embedding with projections in and out (OPT-350m)
     position_offset: int = 0  # learned positions start at this row (OPT: 2)
     embed_scale: float | None = None  # Gemma multiplies embeddings by sqrt(hidden_size)
+    moe: MoeConfig | None = None  # every layer's MLP is a mixture of experts; `mlp` is one of them
 
     def __post_init__(self):
         _require(self.family in FAMILIES, f'family: unknown {self.family!r}, one of {", ".join(FAMILIES)}')
@@ -98,10 +120,22 @@ class ModelConfig:
             _require(getattr(self, name) > 0, f'{name} must be positive')
         _require(self.norm in ('rms', 'layer'), f'norm: unknown {self.norm!r}')
         _require(self.norm_placement in ('pre', 'post'), f'norm_placement: unknown {self.norm_placement!r}')
+        _require(self.moe is None or not self.mlp.bias, 'moe: experts have no bias, mlp.bias must be False')
+        _require(self.moe is not None or self.family not in ('mixtral', 'olmoe'), f'family {self.family} needs moe')
 
     @property
     def has_final_norm(self) -> bool:
         return self.norm_placement == 'pre'
+
+    def feed_scalars(self, experts: float | None = None) -> float:
+        """Scalars in the matrices of one layer's MLP. Of a mixture: its router, its shared expert and `experts` experts
+        (default: as many as one token passes)."""
+        each = self.hidden_size * (3 if self.mlp.gated else 2)
+        if self.moe is None:
+            return each * self.mlp.intermediate_size
+        experts = self.moe.experts_per_token if experts is None else experts
+        return self.hidden_size * self.moe.num_experts + each * (
+            self.moe.shared_size + experts * self.mlp.intermediate_size)
 
     def replace(self, **changes: Any) -> ModelConfig:
         return dataclasses.replace(self, **changes)
@@ -115,7 +149,7 @@ class ModelConfig:
         return _build(cls, data, '')
 
 
-_NESTED = {'attention': AttentionConfig, 'mlp': MlpConfig, 'rope_scaling': RopeScaling}
+_NESTED = {'attention': AttentionConfig, 'mlp': MlpConfig, 'moe': MoeConfig, 'rope_scaling': RopeScaling}
 
 
 def _build(cls, data: Mapping[str, Any], prefix: str):

@@ -13,7 +13,8 @@ from backbone.config import ModelConfig
 from backbone.errors import ConfigError
 from backbone.layers import ATTENTION, block
 from backbone.mesh import constrain
-from backbone.model import PlainTarget, hidden_states, init_params, unembed
+from backbone.model import PlainTarget, hidden_and_taps, init_params, unembed
+from backbone.moe import balance_loss, choose
 from backbone.presets import preset
 
 Array = jax.Array
@@ -31,6 +32,7 @@ class LanguageModel:
 
     remat: 'none', or a key of REMAT. loss_chunk, query_chunk: positions at a time through the vocabulary and the
     attention, 0 for all. attention: one of layers.ATTENTION. z_loss: weight of logsumexp^2 (PaLM, 2022, section 5).
+    balance: weight of moe.balance_loss, the mean over layers, of a model with a mixture of experts.
     """
 
     cfg: ModelConfig
@@ -39,6 +41,7 @@ class LanguageModel:
     query_chunk: int = 0
     attention: str = 'dense'
     z_loss: float = 0.0
+    balance: float = 0.0
     trainable: tuple[str, ...] = ('base/.*',)
 
     def __post_init__(self):
@@ -46,6 +49,8 @@ class LanguageModel:
             raise ConfigError(f'remat: unknown {self.remat!r}, one of none, {", ".join(REMAT)}')
         if self.attention not in ATTENTION:
             raise ConfigError(f'attention: unknown {self.attention!r}, one of {", ".join(ATTENTION)}')
+        if self.balance and self.cfg.moe is None:
+            raise ConfigError(f'balance {self.balance}: this model has no mixture of experts to balance')
 
     @property
     def target(self) -> PlainTarget:
@@ -56,22 +61,30 @@ class LanguageModel:
         return {'base': init_params(self.cfg, rng)}
 
     def loss(self, params: dict, batch: Mapping[str, Array], rng: Array) -> tuple[Array, dict[str, Array]]:
-        """Mean negative log likelihood in nats a token (plus z_loss). rng is not used: there is no dropout.
+        """Mean negative log likelihood in nats a token (plus z_loss and balance). rng is not used: there is no dropout.
 
-        Metrics: nll, accuracy, and weight, the number of tokens counted (what microbatches are averaged by).
+        Metrics: nll, accuracy, and weight, the number of tokens counted (what microbatches are averaged by); of a
+        mixture also balance, taken over the tokens of the whole (micro)batch, whatever devices they lie on.
         """
         del rng
         base = params['base']
-        hidden = hidden_states(self.cfg, base, batch['tokens'], segments=batch['segments'],
-                               positions=batch['positions'], layer_fn=layer_for_training(self.remat),
-                               attention=self.attention, query_chunk=self.query_chunk)
+        moe = self.cfg.moe
+        taps = () if moe is None else tuple(f'router:{l}' for l in range(self.cfg.num_layers))
+        hidden, seen = hidden_and_taps(self.cfg, base, batch['tokens'], taps, segments=batch['segments'],
+                                       positions=batch['positions'], layer_fn=layer_for_training(self.remat),
+                                       attention=self.attention, query_chunk=self.query_chunk)
 
         def to_logits(h: Array) -> Array:
             return constrain(unembed(self.cfg, base, h), 'batch', None, 'vocab')
 
         sums = losses.next_token_chunked(to_logits, hidden, batch['targets'], batch['weights'], self.loss_chunk)
         loss = sums.mean('nll') + self.z_loss * sums.mean('z')
-        return loss, {'nll': sums.mean('nll'), 'accuracy': sums.mean('correct'), 'weight': sums.weight}
+        metrics = {'nll': sums.mean('nll'), 'accuracy': sums.mean('correct'), 'weight': sums.weight}
+        if moe is None:
+            return loss, metrics
+        layers = [balance_loss(seen[tap], choose(moe, seen[tap]).ids, batch['weights']) for tap in taps]
+        metrics['balance'] = sum(layers) / len(layers)
+        return loss + self.balance * metrics['balance'], metrics
 
 
 def layer_for_training(remat: str, layer_fn: Callable = block) -> Callable:

@@ -1,7 +1,7 @@
 """The parts of a transformer layer: Linen leaf modules, and the pure pieces every layer is composed of.
 
-`qkv`, `attend`, `out`, `mlp`, `norm` take one layer's parameters. A method composes its own layer from
-them (see `block`, the plain one) and hands it to `model.run_layers`; nobody copies a block.
+`qkv`, `attend`, `out`, `mlp`, `norm` take one layer's part, `feed` the whole layer. A method composes its
+own layer from them (see `block`, the plain one) and hands it to `model.run_layers`; nobody copies a block.
 
 Dtypes: matrix products run in the kernel's dtype, the residual stream keeps its own, and norms, softmax
 and rotations run in at least float32.
@@ -16,31 +16,18 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from backbone import native
+from backbone import moe, native
 from backbone.cache import KVState, write_kv
-from backbone.config import AttentionConfig, MlpConfig, ModelConfig, RopeScaling
+from backbone.config import AttentionConfig, ModelConfig, RopeScaling
 from backbone.errors import ConfigError
 from backbone.matmul import dense
+from backbone.mlp import Dense, Mlp, mlp
 
 Array = jax.Array
 
 
 def _wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-class Dense(nn.Module):
-    """y = x @ kernel + bias; kernel [in, out]."""
-
-    features: int
-    use_bias: bool = False
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        params = {'kernel': self.param('kernel', nn.initializers.lecun_normal(), (x.shape[-1], self.features))}
-        if self.use_bias:
-            params['bias'] = self.param('bias', nn.initializers.zeros, (self.features,))
-        return dense(params, x)
 
 
 class RMSNorm(nn.Module):
@@ -71,7 +58,10 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections of grouped-query attention. q: [d, H*hd], k and v: [d, KH*hd], o: [H*hd, d]."""
+    """Projections of grouped-query attention. q: [d, H*hd], k and v: [d, KH*hd], o: [H*hd, d].
+
+    With qk_norm also the scales q_norm [H*hd] and k_norm [KH*hd], which the function `qkv` applies.
+    """
 
     cfg: AttentionConfig
     hidden_size: int
@@ -82,6 +72,8 @@ class Attention(nn.Module):
         self.k = Dense(cfg.num_kv_heads * cfg.head_dim, cfg.qkv_bias)
         self.v = Dense(cfg.num_kv_heads * cfg.head_dim, cfg.qkv_bias)
         self.o = Dense(self.hidden_size, cfg.out_bias)
+        if cfg.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(0.0), RMSNorm(0.0)
 
     def qkv(self, x: Array) -> tuple[Array, Array, Array]:
         return self.q(x), self.k(x), self.v(x)
@@ -89,28 +81,9 @@ class Attention(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Touches every projection once: for `init` only."""
         q, k, v = self.qkv(x)
+        if self.cfg.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         return self.o(q) + k.sum() + v.sum()
-
-
-class Mlp(nn.Module):
-    """down(act(gate x) * up x), or down(act(up x)) without a gate. Hidden width F."""
-
-    cfg: MlpConfig
-    hidden_size: int
-
-    def setup(self):
-        cfg = self.cfg
-        if cfg.gated:
-            self.gate = Dense(cfg.intermediate_size, cfg.bias)
-        self.up = Dense(cfg.intermediate_size, cfg.bias)
-        self.down = Dense(self.hidden_size, cfg.bias)
-
-    def neurons(self, x: Array) -> Array:
-        """[..., d] -> [..., F]: the activated hidden units."""
-        return glu(self.cfg, self.gate(x), self.up(x)) if self.cfg.gated else activate(self.cfg, self.up(x))
-
-    def __call__(self, x: Array) -> Array:
-        return self.down(self.neurons(x))
 
 
 class Block(nn.Module):
@@ -123,17 +96,10 @@ class Block(nn.Module):
         make_norm = LayerNorm if self.cfg.norm == 'layer' else RMSNorm
         x = x + Attention(self.cfg.attention, self.cfg.hidden_size, name='attn')(
             make_norm(self.cfg.norm_eps, name='attn_norm')(x))
-        return x + Mlp(self.cfg.mlp, self.cfg.hidden_size, name='mlp')(
-            make_norm(self.cfg.norm_eps, name='mlp_norm')(x))
-
-
-def activate(cfg: MlpConfig, x: Array) -> Array:
-    return {'silu': jax.nn.silu, 'relu': jax.nn.relu, 'gelu': lambda a: jax.nn.gelu(a, approximate=False),
-            'gelu_tanh': jax.nn.gelu}[cfg.activation](x)
-
-
-def glu(cfg: MlpConfig, gate: Array, up: Array) -> Array:
-    return activate(cfg, gate) * up
+        normed = make_norm(self.cfg.norm_eps, name='mlp_norm')(x)
+        if self.cfg.moe is not None:
+            return x + moe.Moe(self.cfg, name='moe')(normed)
+        return x + Mlp(self.cfg.mlp, self.cfg.hidden_size, name='mlp')(normed)
 
 
 # --- rotary positions -------------------------------------------------------------------------------------
@@ -213,6 +179,8 @@ def qkv(cfg: ModelConfig, p: dict, x: Array, ctx: Context) -> tuple[Array, Array
         q, k, v = jnp.split(dense(p['qkv'], x), (h, h + kh), axis=-1)
     else:
         q, k, v = Attention(att, cfg.hidden_size).apply({'params': p}, x, method='qkv')
+    if att.qk_norm:  # over the whole projection, before it is split into heads (OLMoE)
+        q, k = (RMSNorm(cfg.norm_eps).apply({'params': p[name]}, a) for name, a in (('q_norm', q), ('k_norm', k)))
     q, k, v = (a.reshape(*a.shape[:2], -1, att.head_dim) for a in (q, k, v))
     if ctx.rope is not None:
         q, k = rotate(q, *ctx.rope), rotate(k, *ctx.rope)
@@ -262,15 +230,18 @@ def out(cfg: ModelConfig, p: dict, heads: Array) -> Array:
     return dense(p['o'], heads.reshape(*heads.shape[:2], -1))
 
 
-def mlp(cfg: ModelConfig, p: dict, x: Array, neuron_mask: Array | None = None) -> Array:
-    """x [B, S, d] -> [B, S, d]; neuron_mask broadcasts to [B, S, F]. p: a layer's 'mlp'."""
-    if 'gate_up' in p:
-        neurons = glu(cfg.mlp, *jnp.split(dense(p['gate_up'], x), 2, axis=-1))
-    else:
-        neurons = Mlp(cfg.mlp, cfg.hidden_size).apply({'params': p}, x, method='neurons')
+def feed(cfg: ModelConfig, p: dict, x: Array, neuron_mask: Array | None = None) -> tuple[Array, dict[str, Array]]:
+    """A whole layer's p: its MLP or its mixture of experts on x [B, S, d] -> [B, S, d], and its taps.
+
+    Taps: of a mixture 'router' [B, S, E], float32 logits. neuron_mask: see `mlp`. Errors: ConfigError for a mask on a
+    mixture, whose neurons have no single order.
+    """
+    if 'moe' not in p:
+        return mlp(cfg, p['mlp'], x, neuron_mask), {}
     if neuron_mask is not None:
-        neurons = neurons * neuron_mask.astype(neurons.dtype)
-    return dense(p['down'], neurons)
+        raise ConfigError("masks['neurons']: not for a layer with a mixture of experts")
+    routing = moe.route(cfg.moe, p['moe']['router'], x)
+    return moe.apply(cfg, p['moe'], x, moe.fitting(cfg, x), routing), {'router': routing.logits}
 
 
 def read_write(state: KVState | None, k: Array, v: Array, ctx: Context) -> tuple[Array, Array, KVState | None]:
@@ -301,6 +272,6 @@ def block(cfg: ModelConfig, p: dict, x: Array, state: KVState | None, ctx: Conte
         heads = heads * masks['heads'][..., None].astype(heads.dtype)
     mixed = out(cfg, p['attn'], heads)
     x = x + mixed if pre else norm(cfg, p['attn_norm'], x + mixed)
-    y = mlp(cfg, p['mlp'], norm(cfg, p['mlp_norm'], x) if pre else x, masks.get('neurons'))
+    y, seen = feed(cfg, p, norm(cfg, p['mlp_norm'], x) if pre else x, masks.get('neurons'))
     x = x + y if pre else norm(cfg, p['mlp_norm'], x + y)
-    return x, state, {'attention': heads, 'mixer': mixed}
+    return x, state, {'attention': heads, 'mixer': mixed, **seen}

@@ -15,7 +15,8 @@ from backbone import native as native_code
 
 
 def pack(params: dict, dtype: Any = jnp.float32, native: bool | None = None) -> dict:
-    """Base parameters -> the same model for decoding, matrices in `dtype`, norms and biases in float32.
+    """Base parameters -> the same model for decoding, matrices in `dtype`, norms and biases in float32. A mixture's
+    experts stay as they are, its router in float32.
 
     native: store matrices as 'kernel_t' [out, in] for the C product (backbone/native); by default where
     the process runs on a CPU and can build it. The result runs everywhere the stacked tree does; its
@@ -27,7 +28,7 @@ def pack(params: dict, dtype: Any = jnp.float32, native: bool | None = None) -> 
     num_layers = jax.tree.leaves(stacked)[0].shape[0]
     layers = [_fuse(jax.tree.map(lambda a: a[l], stacked)) for l in range(num_layers)]
     packed = {k: v for k, v in params.items() if k != 'layers'} | {'layers': tuple(layers)}
-    packed = jax.tree.map(lambda a: jnp.asarray(a, dtype if a.ndim > 1 else jnp.float32), packed)
+    packed = jax.tree_util.tree_map_with_path(lambda path, a: jnp.asarray(a, _dtype(path, a, dtype)), packed)
     if native:
         packed = transpose(packed)
         if 'lm_head' not in packed:  # tied: the table already is [out, in], and is shared
@@ -36,11 +37,30 @@ def pack(params: dict, dtype: Any = jnp.float32, native: bool | None = None) -> 
 
 
 def _fuse(layer: dict) -> dict:
-    attn, mlp = dict(layer['attn']), dict(layer['mlp'])
+    attn = dict(layer['attn'])
     attn['qkv'] = _join([attn.pop(n) for n in ('q', 'k', 'v')])
-    if 'gate' in mlp:
-        mlp['gate_up'] = _join([mlp.pop(n) for n in ('gate', 'up')])
-    return layer | {'attn': attn, 'mlp': mlp}
+    fused = layer | {'attn': attn}
+    if 'mlp' in layer:
+        fused['mlp'] = _fuse_mlp(layer['mlp'])
+    elif 'shared' in layer['moe']:
+        fused['moe'] = layer['moe'] | {'shared': _fuse_mlp(layer['moe']['shared'])}
+    return fused
+
+
+def _fuse_mlp(mlp: dict) -> dict:
+    if 'gate' not in mlp:
+        return mlp
+    rest = {name: p for name, p in mlp.items() if name not in ('gate', 'up')}
+    return rest | {'gate_up': _join([mlp['gate'], mlp['up']])}
+
+
+def _dtype(path: tuple, a: Any, matrices: Any) -> Any:
+    """Vectors stay wide, and so do routers: they are small, and rounding one sends tokens to other experts."""
+    return matrices if a.ndim > 1 and not _is_router(path) else jnp.float32
+
+
+def _is_router(path: tuple) -> bool:
+    return any(getattr(key, 'key', None) == 'router' for key in path)
 
 
 def _join(parts: list[dict]) -> dict:
@@ -48,9 +68,13 @@ def _join(parts: list[dict]) -> dict:
 
 
 def transpose(tree: Any) -> Any:
-    """The same tree with every {'kernel': [in, out]} as {'kernel_t': [out, in]}."""
+    """The same tree with every {'kernel': [in, out]} as {'kernel_t': [out, in]}.
+
+    Not a mixture's router and experts: the native product is for matrices that every token goes through.
+    """
     if isinstance(tree, tuple):
         return tuple(transpose(t) for t in tree)
     if not isinstance(tree, dict):
         return tree
-    return {'kernel_t' if k == 'kernel' else k: v.T if k == 'kernel' else transpose(v) for k, v in tree.items()}
+    turn = lambda k, v: v if k in ('router', 'experts') else v.T if k == 'kernel' else transpose(v)
+    return {'kernel_t' if k == 'kernel' else k: turn(k, v) for k, v in tree.items()}

@@ -36,6 +36,10 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r'.*mlp/(gate|up)/kernel', ('embed', 'mlp')),
     (r'.*mlp/down/kernel', ('mlp', 'embed')),
     (r'.*mlp/(gate|up)/bias', ('mlp',)),
+    (r'.*moe/experts/(gate|up)', ('expert', 'embed', 'mlp')),
+    (r'.*moe/experts/down', ('expert', 'mlp', 'embed')),
+    (r'.*moe/shared/(gate|up)/kernel', ('embed', 'mlp')),
+    (r'.*moe/shared/down/kernel', ('mlp', 'embed')),
     (r'.*lm_head/kernel', ('embed', 'vocab')),
     # A CP head (tensorhead/head.py): factors [n, r, d, words or d].
     (r'.*tensorhead/gate/kernel', (None, 'component')),
@@ -62,7 +66,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 _STACKED = r'(.*/)?base/layers/(?!\d+/).*'
 
 MESH_AXIS = {'vocab': 'model', 'heads': 'model', 'kv_heads': 'model', 'mlp': 'model', 'batch': 'data',
-             'component': 'expert', 'layer': 'stage'}
+             'expert': 'expert', 'component': 'expert', 'layer': 'stage'}
 
 
 def make_mesh(stage: int = 1, data: int = 1, expert: int = 1, model: int = 1,

@@ -5,7 +5,8 @@ or unstacked for decoding (`layers` is a tuple of dicts: run_layers unrolls, see
 The cache follows: one stacked state, or a tuple of states.
 
 Taps, static names: `hidden:l` residual after l layers (0 = embedding), `hidden:last` after the final
-norm, `attention:l` [B, S, H, hd] before the output projection of layer l, `mixer:l` [B, S, d] after it.
+norm, `attention:l` [B, S, H, hd] before the output projection of layer l, `mixer:l` [B, S, d] after it, `router:l`
+[B, S, E] the logits by which a mixture of experts chose (float32; `moe.choose` gives the choice).
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ def _parse_taps(cfg: ModelConfig, taps: tuple[str, ...]) -> list[tuple[str, str,
         if tap == 'hidden:last':
             continue
         limit = cfg.num_layers if kind == 'hidden' else cfg.num_layers - 1
-        if kind not in ('hidden', 'attention', 'mixer') or not index.isdigit() or int(index) > limit:
+        kinds = ('hidden', 'attention', 'mixer') + (('router',) if cfg.moe is not None else ())
+        if kind not in kinds or not index.isdigit() or int(index) > limit:
             raise ConfigError(f'unknown tap {tap!r} of a model with {cfg.num_layers} layers')
         wanted.append((tap, kind, int(index)))
     return wanted
@@ -200,10 +202,19 @@ def hidden_states(cfg: ModelConfig, params: dict, tokens: Array, *, segments: Ar
     segments [B, S]: document ids; a token attends within its own document. positions [B, S]: default 0..S-1.
     attention, query_chunk: see layers.Context.
     """
+    return hidden_and_taps(cfg, params, tokens, (), segments=segments, positions=positions, layer_fn=layer_fn,
+                           extra=extra, attention=attention, query_chunk=query_chunk)[0]
+
+
+def hidden_and_taps(cfg: ModelConfig, params: dict, tokens: Array, taps: tuple[str, ...], *,
+                    segments: Array | None = None, positions: Array | None = None, layer_fn: Callable = block,
+                    extra: Any = None, attention: str = 'dense',
+                    query_chunk: int = 0) -> tuple[Array, dict[str, Array]]:
+    """`hidden_states`, and what the taps saw on the way."""
     ctx = sequence_context(cfg, tokens.shape, segments, positions, attention, query_chunk)
     x = embed(cfg, params, tokens, ctx.positions)
-    x, _, _ = run_layers(cfg, params, x, None, ctx, layer_fn=layer_fn, extra=extra)
-    return finish(cfg, params, x)
+    x, _, found = run_layers(cfg, params, x, None, ctx, layer_fn=layer_fn, extra=extra, taps=taps)
+    return finish(cfg, params, x), found
 
 
 def sequence_context(cfg: ModelConfig, shape: tuple[int, int], segments: Array | None = None,

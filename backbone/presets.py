@@ -6,7 +6,9 @@ number of parameters, tests/backbone/test_presets.py holds the preset against it
 
 from __future__ import annotations
 
-from backbone.config import AttentionConfig, MlpConfig, ModelConfig, RopeScaling
+import dataclasses
+
+from backbone.config import AttentionConfig, MlpConfig, ModelConfig, MoeConfig, RopeScaling
 from backbone.errors import ConfigError
 
 
@@ -47,6 +49,12 @@ def _gemma(layers: int, hidden: int, heads: int, kv_heads: int, intermediate: in
                        embed_scale=hidden ** 0.5)
 
 
+def _mixture(like: ModelConfig, family: str, moe: MoeConfig) -> ModelConfig:
+    """A model whose MLP becomes one of many experts; OLMoE also norms its queries and keys."""
+    attention = dataclasses.replace(like.attention, qk_norm=family == 'olmoe')
+    return like.replace(family=family, attention=attention, moe=moe)
+
+
 PRESETS: dict[str, ModelConfig] = {
     'smollm2-135m': _smollm2(30, 576, 9, 3, 1536, 100_000.0),
     'smollm2-360m': _smollm2(32, 960, 15, 5, 2560, 100_000.0),
@@ -69,6 +77,10 @@ PRESETS: dict[str, ModelConfig] = {
     'qwen2.5-0.5b': _qwen25(24, 896, 14, 2, 4864, context=32_768),
     'qwen2.5-1.5b': _qwen25(28, 1536, 12, 2, 8960),
     'qwen2.5-7b': _qwen25(28, 3584, 28, 4, 18_944, vocab=152_064, tied=False),
+    'olmoe-1b-7b': _mixture(_llama(16, 2048, 16, 16, 1024, vocab=50_304, context=4096), 'olmoe',
+                            MoeConfig(64, 8, norm_topk=False)),
+    'mixtral-8x7b': _mixture(_llama(32, 4096, 32, 8, 14_336, vocab=32_000, context=32_768, theta=1e6), 'mixtral',
+                             MoeConfig(8, 2)),
     'stories-15m': _llama(6, 288, 6, 6, 768, vocab=32_000, context=256, tied=True),
 }
 

@@ -2,7 +2,8 @@
 
 The model of a step: `batch` rows, each with `context` tokens in its cache, run `k_tokens` new tokens. Weights are
 read once whatever the batch and k_tokens are; of the input embedding only the rows of the tokens are read. Keys and
-values are read for the whole context of every row. Activations of these shapes stay in cache and are not counted.
+values are read for the whole context of every row. Activations of these shapes stay in cache and are not counted. Of a
+mixture of experts a token multiplies by its own experts, and a step reads those that some token needs (`experts_read`).
 
 `matmul_bytes` counts the same on any traced function instead: the operands of every matrix product at the type in
 which they are stored. It needs to know nothing of the model or of the method.
@@ -123,23 +124,34 @@ class StepTime:
         return 'memory' if self.memory_s >= self.compute_s else 'compute'
 
 
-def layer_params(config: ModelConfig) -> tuple[int, int]:
-    """(scalars of one layer's matrices, scalars of its biases and norms)."""
+def experts_read(config: ModelConfig, tokens: int) -> float | None:
+    """How many experts of a layer `tokens` tokens need together, on average, if each chose on its own and all experts
+    alike: E (1 - (1 - K/E)^tokens). None without a mixture. Real routing is lopsided and repeats itself: fewer."""
+    if config.moe is None:
+        return None
+    e = config.moe.num_experts
+    return e * (1 - (1 - config.moe.experts_per_token / e) ** tokens)
+
+
+def layer_params(config: ModelConfig, experts: float | None = None) -> tuple[float, int]:
+    """(scalars of one layer's matrices, scalars of its biases and norms). experts: of a mixture so many count, default
+    those that one token passes."""
     d, a, m = config.hidden_size, config.attention, config.mlp
     q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-    matrices = d * (q + 2 * kv) + q * d + d * m.intermediate_size * (3 if m.gated else 2)
+    matrices = d * (q + 2 * kv) + q * d + config.feed_scalars(experts)
     vectors = 2 * d * (2 if config.norm == 'layer' else 1)
-    vectors += (q + 2 * kv) * a.qkv_bias + d * a.out_bias
+    vectors += (q + 2 * kv) * a.qkv_bias + d * a.out_bias + (q + kv) * a.qk_norm
     vectors += (m.intermediate_size * (2 if m.gated else 1) + d) * m.bias
     return matrices, vectors
 
 
-def read_params(config: ModelConfig) -> tuple[int, int]:
+def read_params(config: ModelConfig, experts: float | None = None) -> tuple[float, int]:
     """(scalars of all matrices a step multiplies by, scalars of the vectors it reads besides).
 
     The unembedding counts in full, tied or not; the input embedding does not (its rows are `embed_scalars`).
+    experts: see `layer_params`.
     """
-    matrices, vectors = (config.num_layers * n for n in layer_params(config))
+    matrices, vectors = (config.num_layers * n for n in layer_params(config, experts))
     width = config.embed_size or config.hidden_size
     matrices += width * config.vocab_size
     if config.embed_size:
@@ -173,8 +185,9 @@ def step_cost(config: ModelConfig, *, batch: int = 1, k_tokens: int = 1, dtype: 
     seen = sum(min(context + i + 1, window) for i in range(k_tokens))
     read = min(context + k_tokens, window + k_tokens - 1)
     width = config.attention.num_heads * config.attention.head_dim
+    read_once = read_params(config, experts_read(config, batch * k_tokens))[0]
     return Cost(
-        weight_bytes=(matrices + vectors) * size,
+        weight_bytes=(read_once + vectors) * size,
         embed_bytes=batch * k_tokens * embed_scalars(config) * size,
         cache_bytes=batch * read * cache_scalars(config) * cache_size,
         flops=2.0 * batch * (k_tokens * matrices + 2 * config.num_layers * width * seen),
@@ -239,7 +252,7 @@ def matmul_bytes(fn: Callable, *args: Any, **kwargs: Any) -> float:
     """Bytes of the operands of every matrix product that fn(*args, **kwargs) runs, each counted at each use.
 
     Arguments are arrays or jax.ShapeDtypeStruct; nothing is computed. A scan counts its length times; a while
-    loop, whose trips are unknown, once; of a `cond` the dearest branch.
+    loop, whose trips are unknown, once; of a `cond` the dearest branch; a ragged product all its groups.
     """
     return _count(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr, {})
 

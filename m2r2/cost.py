@@ -30,7 +30,7 @@ def shares(cfg: ModelConfig, m: M2R2Config) -> Shares:
     """Of the first exit. Both streams share each product of a layer, so none of its own weights is read twice."""
     att, d = cfg.attention, cfg.hidden_size
     heads, kv = att.num_heads * att.head_dim, att.num_kv_heads * att.head_dim
-    layer = d * (2 * heads + 2 * kv) + d * cfg.mlp.intermediate_size * (3 if cfg.mlp.gated else 2)
+    layer = d * (2 * heads + 2 * kv) + cfg.feed_scalars()
     head = d * cfg.vocab_size
     whole = cfg.num_layers * layer + head
     k = m.exits[0]

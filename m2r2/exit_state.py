@@ -99,7 +99,7 @@ def layer_costs(cfg: ModelConfig, m: M2R2Config, head: bool, gate_weights: tuple
     'head': an unembedding, where the gate asks for one."""
     att, d = cfg.attention, cfg.hidden_size
     q, kv = att.num_heads * att.head_dim, att.num_kv_heads * att.head_dim
-    ffn = (3 if cfg.mlp.gated else 2) * d * cfg.mlp.intermediate_size
+    ffn = cfg.feed_scalars()
     layer = 2 * d * (q + kv) + ffn
     fast = 2 * d * q + (ffn if m.ffn else 0) + 2 * d * m.rank + 2 * m.qo_rank * (d + q) if m.stream == 'fast' else 0
     adapter = 2 * d * m.exit_rank if m.stream == 'exit' else 0

@@ -13,7 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GemmaConfig, LlamaConfig, OPTConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GemmaConfig,
+    LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    OPTConfig,
+    Qwen2Config,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -36,6 +45,11 @@ TINY = {
     'opt': OPTConfig(**_OPT),
     'opt_post': OPTConfig(**_OPT, do_layer_norm_before=False, word_embed_proj_dim=8),
     'gemma': GemmaConfig(**{**_GQA, 'num_key_value_heads': 1}, head_dim=8),
+    # A window that the 24 tokens outgrow.
+    'mixtral': MixtralConfig(**{**_GQA, 'intermediate_size': 12}, num_local_experts=4, num_experts_per_tok=2,
+                             sliding_window=9, rope_theta=1e6),
+    'olmoe': OlmoeConfig(**{**_GQA, 'intermediate_size': 12, 'num_key_value_heads': 4}, num_experts=5,
+                         num_experts_per_tok=3, bos_token_id=None, eos_token_id=None, pad_token_id=None),
 }
 
 

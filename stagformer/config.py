@@ -57,6 +57,8 @@ class StagFormerConfig:
             raise ConfigError(f'lag must be 1 (staggered) or 0 (the control that is not), got {self.lag}')
         if self.base.norm_placement != 'pre':
             raise ConfigError('a staggered model needs norm_placement pre')
+        if self.base.moe is not None:
+            raise ConfigError('moe: a staggered model has no mixture of experts')
         if self.base.attention.num_heads % self.kv_heads:
             raise ConfigError(f'cross_kv_heads {self.cross_kv_heads} do not divide '
                               f'{self.base.attention.num_heads} heads')

@@ -1,4 +1,4 @@
-"""Hugging Face's config.json <-> ModelConfig, for llama, qwen2, opt and gemma.
+"""Hugging Face's config.json <-> ModelConfig, for llama, qwen2, opt, gemma, mixtral and olmoe.
 
 Both spellings of the rotary settings are read: `rope_theta` + `rope_scaling` (transformers 4) and
 `rope_parameters` (transformers 5). The first is written; both versions read it.
@@ -10,16 +10,17 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from backbone.config import AttentionConfig, MlpConfig, ModelConfig, RopeScaling
+from backbone.config import AttentionConfig, MlpConfig, ModelConfig, MoeConfig, RopeScaling
 from backbone.errors import ConfigError, FormatError, TokenizerError
 
 _ACTIVATIONS = {'silu': 'silu', 'swish': 'silu', 'relu': 'relu', 'gelu': 'gelu', 'gelu_new': 'gelu_tanh',
                 'gelu_pytorch_tanh': 'gelu_tanh'}
 _TO_HF = {'silu': 'silu', 'relu': 'relu', 'gelu': 'gelu', 'gelu_tanh': 'gelu_pytorch_tanh'}
 _ARCHITECTURES = {'llama': 'LlamaForCausalLM', 'qwen2': 'Qwen2ForCausalLM', 'opt': 'OPTForCausalLM',
-                  'gemma': 'GemmaForCausalLM'}
-_DEFAULT_CONTEXT = {'llama': 2048, 'qwen2': 32768, 'opt': 2048, 'gemma': 8192}
-_DEFAULT_EPS = 1e-6
+                  'gemma': 'GemmaForCausalLM', 'mixtral': 'MixtralForCausalLM', 'olmoe': 'OlmoeForCausalLM'}
+_DEFAULT_CONTEXT = {'llama': 2048, 'qwen2': 32768, 'opt': 2048, 'gemma': 8192, 'mixtral': 131072, 'olmoe': 4096}
+_DEFAULT_EPS = {'mixtral': 1e-5, 'olmoe': 1e-5}  # else 1e-6
+_DEFAULT_THETA = {'mixtral': 1e6}  # else 1e4
 
 
 @contextlib.contextmanager
@@ -53,7 +54,7 @@ def from_hf(data: Mapping[str, Any], where: str) -> ModelConfig:
 
 def _llama_from_hf(data: Mapping[str, Any], family: str) -> ModelConfig:
     hidden, heads = whole(data, 'hidden_size'), whole(data, 'num_attention_heads')
-    theta, scaling = _rope_from_hf(data)
+    theta, scaling = _rope_from_hf(data, _DEFAULT_THETA.get(family, 10_000.0))
     _refuse_windows(data)
     # Gemma was trained with the tanh form; its older configs say 'gelu' and mean it.
     activation = data.get('hidden_activation') or data.get('hidden_act', 'silu')
@@ -68,12 +69,29 @@ def _llama_from_hf(data: Mapping[str, Any], family: str) -> ModelConfig:
         attention=AttentionConfig(
             num_heads=heads, num_kv_heads=whole(data, 'num_key_value_heads', heads),
             head_dim=whole(data, 'head_dim', 256 if family == 'gemma' else hidden // heads),
-            qkv_bias=bias or family == 'qwen2', out_bias=bias, rope_theta=theta, rope_scaling=scaling),
+            qkv_bias=bias or family == 'qwen2', out_bias=bias, rope_theta=theta, rope_scaling=scaling,
+            window=_window(data) if family == 'mixtral' else None, qk_norm=family == 'olmoe'),
         mlp=MlpConfig(whole(data, 'intermediate_size'), _activation(activation),
                       bias=bool(data.get('mlp_bias', False))),
-        norm_eps=float(data.get('rms_norm_eps', _DEFAULT_EPS)),
+        norm_eps=float(data.get('rms_norm_eps', _DEFAULT_EPS.get(family, 1e-6))),
         tie_embeddings=bool(data.get('tie_word_embeddings', family == 'gemma')),
-        embed_scale=hidden ** 0.5 if family == 'gemma' else None)
+        embed_scale=hidden ** 0.5 if family == 'gemma' else None,
+        moe=_moe_from_hf(data, family))
+
+
+def _window(data: Mapping[str, Any]) -> int | None:
+    return None if data.get('sliding_window') is None else whole(data, 'sliding_window')
+
+
+def _moe_from_hf(data: Mapping[str, Any], family: str) -> MoeConfig | None:
+    if family == 'mixtral':  # router_jitter_noise is training's
+        return MoeConfig(whole(data, 'num_local_experts'), whole(data, 'num_experts_per_tok'))
+    if family != 'olmoe':
+        return None
+    if data.get('clip_qkv') is not None:
+        raise ValueError(f'clip_qkv = {data["clip_qkv"]!r} is not supported')
+    return MoeConfig(whole(data, 'num_experts'), whole(data, 'num_experts_per_tok'),
+                     norm_topk=bool(data.get('norm_topk_prob', False)))
 
 
 def _opt_from_hf(data: Mapping[str, Any]) -> ModelConfig:
@@ -104,9 +122,9 @@ def _activation(name: Any) -> str:
     return _ACTIVATIONS[name]
 
 
-def _rope_from_hf(data: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def _rope_from_hf(data: Mapping[str, Any], usual: float) -> tuple[float, RopeScaling | None]:
     rope = {**(data.get('rope_scaling') or {}), **(data.get('rope_parameters') or {})}
-    theta = float(rope.get('rope_theta') or data.get('rope_theta') or 10_000.0)
+    theta = float(rope.get('rope_theta') or data.get('rope_theta') or usual)
     kind = rope.get('rope_type', rope.get('type', 'default'))
     if rope.get('partial_rotary_factor', 1.0) != 1.0:
         raise ValueError('partial_rotary_factor is not supported')
@@ -155,6 +173,12 @@ def to_hf(cfg: ModelConfig, dtype: str, bos_id: int | None = None, eos_ids: tupl
                 'original_max_position_embeddings': scaling.original_max_seq_len}
         if cfg.family == 'llama':
             found |= {'attention_bias': attention.qkv_bias, 'mlp_bias': mlp.bias}
+        if cfg.family == 'mixtral':
+            found |= {'num_local_experts': cfg.moe.num_experts, 'num_experts_per_tok': cfg.moe.experts_per_token,
+                      'sliding_window': attention.window}
+        if cfg.family == 'olmoe':
+            found |= {'num_experts': cfg.moe.num_experts, 'num_experts_per_tok': cfg.moe.experts_per_token,
+                      'norm_topk_prob': cfg.moe.norm_topk, 'attention_bias': attention.qkv_bias}
         if cfg.family == 'gemma':
             found['hidden_activation'] = found['hidden_act']
     back = from_hf(found, 'config.json')

@@ -1,6 +1,7 @@
 """One name table per (format, family), used in both directions.
 
-A `Rule` ties a Headway leaf to a tensor of the file. `{}` in a name is the layer index. A table lists
+A `Rule` ties a Headway leaf to a tensor of the file. `{}` in a name is the layer index, a second one the expert's. A
+table lists
 every tensor the family can have; which of them a model does have is decided by its parameter tree
 (`backbone.model.abstract_params`), so a table needs no conditions.
 
@@ -14,6 +15,8 @@ import dataclasses
 import numpy as np
 
 from backbone.errors import FormatError
+
+EXPERTS = 'layers/moe/experts/'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +34,16 @@ class Rule:
 
     @property
     def transposed(self) -> bool:
-        return self.leaf.endswith('/kernel')
+        return self.leaf.endswith('/kernel') or self.per_expert
 
     @property
     def stacked(self) -> bool:
         return self.leaf.startswith('layers/')
+
+    @property
+    def per_expert(self) -> bool:
+        """The file has a tensor for each expert of each layer: a second `{}` in the name."""
+        return self.leaf.startswith(EXPERTS)
 
 
 def rotary_rows(out: int, heads: int) -> np.ndarray:
@@ -59,6 +67,17 @@ def _hf_llama(norm_shift: float = 0.0) -> tuple[Rule, ...]:
         Rule('final_norm/scale', 'model.norm.weight', shift=norm_shift),
         Rule('lm_head/kernel', 'lm_head.weight'),
     )
+
+
+def _hf_mixture(router: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    """Names within a layer, those of an expert with its number as a second `{}`."""
+    layer, experts = 'model.layers.{}.', {'gate': gate, 'up': up, 'down': down}
+    mixture = (Rule('layers/moe/router/kernel', layer + router),
+               *(Rule(f'{EXPERTS}{ours}', layer + theirs) for ours, theirs in experts.items()))
+    plain = [rule for rule in _hf_llama() if not rule.leaf.startswith('layers/mlp/')]
+    last = max(i for i, rule in enumerate(plain) if rule.stacked) + 1
+    norms = tuple(Rule(f'layers/attn/{x}_norm/scale', f'{layer}self_attn.{x}_norm.weight') for x in 'qk')
+    return (*plain[:last], *norms, *mixture, *plain[last:])
 
 
 def _hf_opt() -> tuple[Rule, ...]:
@@ -105,6 +124,10 @@ TABLES: dict[tuple[str, str], tuple[Rule, ...]] = {
     ('hf', 'qwen2'): _hf_llama(),
     ('hf', 'gemma'): _hf_llama(norm_shift=1.0),
     ('hf', 'opt'): _hf_opt(),
+    ('hf', 'mixtral'): _hf_mixture('block_sparse_moe.gate.weight', *(
+        f'block_sparse_moe.experts.{{}}.{w}.weight' for w in ('w1', 'w3', 'w2'))),
+    ('hf', 'olmoe'): _hf_mixture('mlp.gate.weight', *(
+        f'mlp.experts.{{}}.{w}_proj.weight' for w in ('gate', 'up', 'down'))),
     ('gguf', 'llama'): _gguf(interleaved=True),
     ('gguf', 'qwen2'): _gguf(interleaved=False),
     ('gguf', 'gemma'): _gguf(interleaved=False),

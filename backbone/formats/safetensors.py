@@ -14,6 +14,7 @@ from backbone import tokenizer as tokenizers
 from backbone.config import ModelConfig
 from backbone.errors import FormatError
 from backbone.formats import hf_config
+from backbone.formats.experts import unfused
 from backbone.formats.names import table
 from backbone.formats.staging import staged
 from backbone.formats.tensors import PLAIN, Loaded, Stored, check_sizes, encoded_bytes, map_file, narrow, outgoing, plan
@@ -149,7 +150,7 @@ def read(path: str | Path, dtype: Any = np.float32) -> Loaded:
     """
     path = Path(path)
     cfg = hf_config.from_hf(read_json(path / 'config.json'), str(path / 'config.json'))
-    stored = _with_prefix(read_directory(path))
+    stored = unfused(cfg, _with_prefix(read_directory(path)))
     check_sizes(cfg, stored, str(path))
 
     def ignore(name: str) -> bool:

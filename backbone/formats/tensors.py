@@ -106,7 +106,8 @@ def _dequantise(packed: np.ndarray, encoding: str) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A leaf of the parameter tree and the file's tensors it is made of: one a layer where it is stacked."""
+    """A leaf of the parameter tree and the file's tensors it is made of: one a layer where it is stacked, and one an
+    expert where those have experts."""
 
     rule: Rule
     shape: tuple[int, ...]
@@ -115,8 +116,9 @@ class Leaf:
 
     def blocks(self) -> Iterator[tuple[tuple, np.ndarray]]:
         """(index into the leaf, float32 values), first to last in C order; no gap, no overlap."""
-        for layer, tensor in enumerate(self.tensors):
-            shape = self.shape[1:] if self.rule.stacked else self.shape
+        outer = outer_shape(self.rule, self.shape)
+        shape = self.shape[len(outer):]
+        for at, tensor in zip(np.ndindex(*outer), self.tensors, strict=True):
             # Columns of a quantised tensor are cut where its blocks end.
             step = block_size(tensor.encoding)[0] if self.rule.transposed else 1
             for part in _parts(shape[0], int(np.prod(shape[1:])), step):
@@ -131,7 +133,12 @@ class Leaf:
                 if self.rule.shift:
                     block += np.float32(self.rule.shift)
                 tensor.release()
-                yield ((layer, part) if self.rule.stacked else (part,)), block
+                yield (*at, part), block
+
+
+def outer_shape(rule: Rule, shape: Sequence[int]) -> tuple[int, ...]:
+    """The leading axes of a leaf that count its tensors: (), (layers,) or (layers, experts)."""
+    return tuple(shape[:2 if rule.per_expert else 1 if rule.stacked else 0])
 
 
 def _parts(rows: int, width: int, multiple: int) -> Iterator[slice]:
@@ -180,7 +187,7 @@ def _order(cfg: ModelConfig, rule: Rule, shape: Sequence[int]) -> np.ndarray | N
 
 
 def _file_tensors(cfg: ModelConfig, rules: Sequence[Rule], where: str) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
-    """{leaf path: [(file name, file shape), one a layer]}, for every leaf of the model."""
+    """{leaf path: [(file name, file shape), one a layer (and expert)]}, for every leaf of the model."""
     by_leaf = {rule.leaf: rule for rule in rules}
     shapes = leaf_shapes(cfg)
     homeless = [path for path in shapes if path not in by_leaf]
@@ -189,9 +196,10 @@ def _file_tensors(cfg: ModelConfig, rules: Sequence[Rule], where: str) -> dict[s
     found = {}
     for path, shape in shapes.items():
         rule = by_leaf[path]
-        inner = shape[1:] if rule.stacked else shape
+        outer = outer_shape(rule, shape)
+        inner = shape[len(outer):]
         inner = inner[::-1] if rule.transposed else inner
-        found[path] = [(rule.name.format(i), inner) for i in range(cfg.num_layers if rule.stacked else 1)]
+        found[path] = [(rule.name.format(*at), inner) for at in np.ndindex(*outer)]
     return found
 
 
@@ -292,10 +300,13 @@ def outgoing(cfg: ModelConfig, rules: Sequence[Rule], params: Mapping[str, Any],
     stacked = [i for i, rule in enumerate(rules) if rule.stacked]
     before, inside, after = rules[:stacked[0]], rules[stacked[0]:stacked[-1] + 1], rules[stacked[-1] + 1:]
     found = []
-    for rule, layer in [(rule, 0) for rule in before] + [(rule, layer) for layer in range(cfg.num_layers)
-                                                         for rule in inside] + [(rule, 0) for rule in after]:
-        name, shape = wanted[rule.leaf][layer]
-        values = np.asarray(leaves[rule.leaf][layer] if rule.stacked else leaves[rule.leaf])
+    each = {rule.leaf: len(wanted[rule.leaf]) // cfg.num_layers for rule in inside}  # tensors a layer
+    middle = [(rule, layer * each[rule.leaf] + e) for layer in range(cfg.num_layers) for rule in inside
+              for e in range(each[rule.leaf])]
+    for rule, i in [(rule, 0) for rule in before] + middle + [(rule, 0) for rule in after]:
+        name, shape = wanted[rule.leaf][i]
+        leaf = leaves[rule.leaf]
+        values = np.asarray(leaf[np.unravel_index(i, outer_shape(rule, leaf.shape))] if rule.stacked else leaf)
         order = _order(cfg, rule, values.shape)
         found.append(Outgoing(name, shape, values.T if rule.transposed else values,
                               None if order is None else np.argsort(order), rule.shift))
@@ -343,8 +354,10 @@ def check_sizes(cfg: ModelConfig, stored: Mapping[str, Stored], where: str) -> N
     """Holds a header's sizes against the file, before a tree of shapes is made from them."""
     total = sum(int(np.prod([float(n) for n in tensor.shape])) for tensor in stored.values())
     attention = cfg.attention
-    if cfg.num_layers > len(stored):
-        raise FormatError(f'{where}: {cfg.num_layers} layers, but only {len(stored)} tensors')
+    experts = cfg.moe.num_experts if cfg.moe is not None else 0
+    if cfg.num_layers * max(experts, 1) > len(stored):
+        each = f' of {experts} experts' if experts else ''
+        raise FormatError(f'{where}: {cfg.num_layers} layers{each}, but only {len(stored)} tensors')
     for name, size in (('vocabulary size', cfg.vocab_size), ('hidden size', cfg.hidden_size),
                        ('intermediate size', cfg.mlp.intermediate_size),
                        ('heads x head size', attention.num_heads * attention.head_dim),

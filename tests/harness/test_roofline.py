@@ -53,8 +53,22 @@ def test_weights_read_are_the_parameters_that_exist(name):
     rows_only = sum(a.size * 2 for a in gathered)
     if cfg.tie_embeddings:
         rows_only -= shapes['embed']['tokens'].size * 2  # read in full as the unembedding
-    assert roofline.step_cost(cfg, dtype='bfloat16').weight_bytes == total - rows_only
+    batch = 1 if cfg.moe is None else 4096  # so many tokens need every expert
+    assert roofline.step_cost(cfg, dtype='bfloat16', batch=batch).weight_bytes == total - rows_only
     assert roofline.embed_scalars(cfg) == sum(a.shape[1] for a in gathered)
+
+
+def test_olmoe_reads_the_experts_that_its_tokens_need():
+    """By hand: 3 * 2048 * 1024 an expert, 8 of 64 a token and layer; attention 4 * 2048^2, router 2048 * 64."""
+    cfg, expert = PRESETS['olmoe-1b-7b'], 3 * 2048 * 1024
+    rest = 16 * (4 * 2048**2 + 2048 * 64) + 2048 * 50_304
+    one = roofline.step_cost(cfg, dtype='bfloat16')
+    assert roofline.read_params(cfg)[0] == rest + 16 * 8 * expert
+    assert one.weight_bytes == 2 * (rest + 16 * 8 * expert + 16 * 4 * 2048 + 2048)
+    assert one.flops == 2 * (rest + 16 * 8 * expert) + 4 * 16 * 2048
+    two = roofline.step_cost(cfg, dtype='bfloat16', batch=2)
+    assert two.flops == 2 * one.flops
+    assert (two.weight_bytes - one.weight_bytes) / (2 * 16 * expert) == pytest.approx(8 - 1)  # of 8 more, 1 is had
 
 
 def test_the_slower_side_decides():

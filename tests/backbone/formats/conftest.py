@@ -11,7 +11,7 @@ from backbone import catalogue, formats, model
 from backbone.errors import FetchError
 
 TINY = Path(__file__).resolve().parents[2] / 'golden' / 'tiny'
-NAMES = ('llama', 'llama3', 'llama_bias', 'qwen2', 'opt', 'opt_post', 'gemma')
+NAMES = ('llama', 'llama3', 'llama_bias', 'qwen2', 'opt', 'opt_post', 'gemma', 'mixtral', 'olmoe')
 
 
 def logits(loaded, tokens) -> np.ndarray:
