@@ -53,11 +53,13 @@ compare: $(READY)
 	$(PY) -m backbone.catalogue fetch $(COMPARE_DATA)
 	$(PY) -m harness.launch.compare --config=configs/compare.py --workdir=out/compare
 
+# Two at a time: most tests compile, and a compilation keeps one core busy. A file's tests stay together, with what they share.
+PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist loadfile
 test: $(READY) tpu-compiler data
-	JAX_PLATFORMS=cpu $(PY) -m pytest
+	$(PYTEST)
 
 soak: $(READY) tpu-compiler data
-	JAX_PLATFORMS=cpu $(PY) -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
@@ -159,6 +161,23 @@ zoo-m2r2_smollm2_early_exit: zoo-m2r2_smollm2_exits
 zoo-m2r2_stories_early_exit: zoo-m2r2_stories
 	$(GATES):stories --workdir=out/m2r2_stories_gates
 	$(EARLY) --workdir=out/m2r2_stories_gates --name=m2r2_stories_early_exit
+
+# A mixture of experts cut from stories-15m, and the predictors of its experts (docs/m2r2_moe.md). They stay in out/, where
+# --model=out/moe_stories finds them: 15 MB in int8 is more than an artefact may be.
+out/moe_stories_split.npz: | $(STORIES)
+	$(PY) scripts/upcycle_split.py --config=configs/upcycle.py
+
+out/moe_stories/finished: out/moe_stories_split.npz
+	$(PY) -m harness.launch.train --config=configs/upcycle.py --workdir=out/moe_stories
+
+out/moe_stories_base/headway.json: out/moe_stories/finished
+	$(PY) -m harness.launch.convert out/moe_stories out/moe_stories_base --overwrite
+
+out/prefetch_stories/finished: out/moe_stories_base/headway.json
+	$(PY) -m harness.launch.train --config=configs/prefetch.py --workdir=out/prefetch_stories
+
+zoo-moe_stories: out/prefetch_stories/finished
+	$(PY) scripts/routing_trace.py --workdir=out/prefetch_stories --out=out/stories_trace.npz
 
 clean:
 	rm -rf $(VENV) .venv-peers out
