@@ -83,3 +83,18 @@ def test_train_m2r2(tmp_path):
     assert 0 < trained['held_out']['overlap_1'] <= 1 and trained['held_out']['kl_1'] > 0
     assert report['decoding']['k1']['same_text'] == 1.0 and len(report['decoding']['k1']['speedups']) == 2
     assert all(load_file(tmp_path / name) for name in trained['files'])
+
+
+@pytest.mark.slow  # tests/m2r2/test_expert_runtime.py runs what it drives
+def test_moe_offload(tmp_path):
+    run('moe_offload.py', '--sizes=12,75', '--recalls=1.0,0.5', '--tokens=6', '--repeats=2', f'--out={tmp_path}')
+    report = json.loads((tmp_path / 'moe_offload.json').read_text())
+    ways = ['resident', 'on_demand', 'lru', 'ahead_1.0', 'ahead_0.5']
+    assert [(row['size'], row['way']) for row in report['rows']] == [(size, way) for size in (12, 75) for way in ways]
+    assert report['same_words'] and report['left_out'] == [] and report['link_gb_s'] > 0
+    for row in report['rows']:
+        assert row['ms_a_token']['min'] > 0
+        assert (row['mb_a_token'] > 0) == (row['way'] != 'resident') or row['size'] == 75  # all it wants fits there
+        assert row['hit_rate'] == {'resident': 1.0, 'on_demand': 0.0}.get(row['way'], row['hit_rate'])
+    by_way = {(row['size'], row['way']): row['a_token'] for row in report['rows']}
+    assert by_way[12, 'ahead_1.0']['demand'] < by_way[12, 'lru']['demand']
