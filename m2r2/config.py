@@ -23,8 +23,8 @@ class M2R2Config:
     exits: N_1 < ... < N_J < num_layers. Interval j runs layers N_{j-1}+1..N_j (N_0 = 0), and p after it stands for h
     after the last layer: the base's own norm and head read it.
     rank, activation: of the accelerator adapter of each layer up to N_J, Acc(x) = act(x A) B beside the MLP.
-    ffn: whether p also passes the frozen MLP. qo_rank: of low-rank changes to the fast query and attention output; 0:
-    none.
+    ffn: whether p also passes the frozen MLP; not where that is a mixture of experts, whose choice p is to foretell.
+    qo_rank: of low-rank changes to the fast query and attention output; 0: none.
     carry: width of a small network that reads the last hidden state of the token before (the model's own, or, inside a
     draft, the fast stream's) together with this token's embedding; p starts from h and what it says, and the exit reads
     it too. 0: none, p starts as h. Drafting only; in no paper.
@@ -76,6 +76,8 @@ class M2R2Config:
                               f'the base has {sizes[wrong[0]]})')
         if base.norm_placement != 'pre' or base.embed_size is not None:
             raise ConfigError('m2r2 needs a base of norm_placement pre that does not project its embeddings')
+        if base.moe is not None and fields.get('stream', 'fast') == 'fast' and fields.get('ffn', True):
+            raise ConfigError('m2r2.ffn must be False on a base with experts: the fast stream does not pass them')
         exits = fields.get('exits', 1)
         fields['exits'] = even_exits(base.num_layers, exits) if isinstance(exits, int) else tuple(exits)
         return cls(**(fields | sizes))

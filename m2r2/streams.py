@@ -1,7 +1,7 @@
 """The two streams in one layer, an interval of layers, and what reads the fast stream at its end.
 
     o_l = Attn(Q of p_{l-1}, the slow stream's K and V of layer l)       v_l = p_{l-1} + Wo o_l
-    p_l = v_l + Acc_l(n(v_l)) + m MLP_l(n(v_l))
+    p_l = v_l + Acc_l(n(v_l)) + m MLP_l(n(v_l))                          m = 0 where the MLP is a mixture of experts
 
 Nothing flows from p to h: the slow stream, its cache and its logits are the base's. The fast stream has no cache of its
 own, so there is nothing of it to roll back. Our reading of Bhendawade et al., 2025 (arXiv 2502.02040): docs/m2r2.md.
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from backbone.config import ModelConfig
-from backbone.layers import Context, attend, mlp, norm, out, qkv, read_write, rotate
+from backbone.layers import Context, attend, feed, norm, out, qkv, read_write, rotate
 from backbone.matmul import dense
 from backbone.model import finish, run_layers
 from m2r2.config import M2R2Config
@@ -94,9 +94,9 @@ def two_streams(cfg: ModelConfig, p: dict, streams: tuple[Array, Array], state: 
         mixed_fast = mixed_fast + dense(extra['o']['b'], dense(extra['o']['a'], flat))
     slow, fast = slow + mixed, fast + mixed_fast
     change = adapter(m, extra['adapter'], norm(cfg, p['mlp_norm'], fast))
-    feed = lambda x, c: mlp(cfg, p['mlp'], norm(cfg, p['mlp_norm'], x))
-    y, y_fast = each(feed, slow, fast) if m.ffn else (feed(slow, ctx), 0)
-    return (slow + y, fast + y_fast + change), state, {'attention': heads, 'mixer': mixed}
+    through = lambda x, c: feed(cfg, p, norm(cfg, p['mlp_norm'], x))
+    (y, seen), (y_fast, _) = each(through, slow, fast) if m.ffn else (through(slow, ctx), (0, {}))
+    return (slow + y, fast + y_fast + change), state, {'attention': heads, 'mixer': mixed, **seen}
 
 
 def _in_turn(ctx: Context, piece: Callable, slow: Array, fast: Array) -> tuple[Any, Any]:
