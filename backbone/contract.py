@@ -98,6 +98,9 @@ class Target(Protocol):
     """A model that decodes. Frozen and hashable: it is a static argument of the jitted loop.
 
     `exact` False marks an approximation, whose `reference` is the exact Target it stands for.
+    Optional: `host_loop(params, prompts, *, max_new_tokens, sampling, stop_tokens, seed, on_tokens)` in the place of
+    the jitted loop, for a model whose passes the host takes part in. It gives back tokens (lists of ids), passes,
+    prefill_s and decode_s, and its `init_cache` and `forward` raise ConfigError. `counted`: what its last call reports.
     """
 
     exact: bool

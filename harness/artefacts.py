@@ -73,13 +73,23 @@ def find(name: str, cfg: ModelConfig, base_hash: str, arguments: Mapping[str, An
 
 def find_target(name: str, base_hash: str, cache_dtype: str, arguments: Mapping[str, Any]
                 ) -> tuple[Target, Callable[[Any, Any], dict[str, Any]]] | None:
-    """What the artefact `name` decodes this base with, packed, and `ready` as of `find`; None where it drafts.
+    """What the artefact or run `name` decodes this base with, packed, and `ready` as of `find`; None where it drafts.
 
-    arguments: replace those on the card. Errors: as `find`.
+    arguments: replace those it says. Errors: as `find`.
     """
-    if name not in zoo.names() or 'target' not in (loaded := zoo.load(name, base_hash))[1]:
+    if name in zoo.names():
+        tree, card = zoo.load(name, base_hash)
+        spec = card.get('target')
+    else:
+        folder, step = models.split(name)
+        task = _task(folder)
+        spec = task.decodes() if hasattr(task, 'decodes') and not hasattr(task, 'drafter') else None
+        if spec:
+            _, tree, _, _ = models.of_run(folder, step)
+            if (found := params_hash(tree.pop('base'))) != base_hash:
+                raise FormatError(f'{name}: trained on a base with parameters {found}, the base given has {base_hash}')
+    if not spec:
         return None
-    tree, spec = loaded[0], loaded[1]['target']
     kwargs = {**spec['kwargs'], **arguments}
     target = components.build(spec['factory'], kwargs, {'cache_dtype': cache_dtype, 'packed': True}, name)
 

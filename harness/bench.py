@@ -59,7 +59,12 @@ class Bench:
     @property
     def stepwise(self) -> bool:
         """Plain decoding of its model."""
-        return self.drafter.block == 0 and self.target.exact
+        return self.drafter.block == 0 and self.target.exact and not self.by_host
+
+    @property
+    def by_host(self) -> bool:
+        """Decodes outside of the jitted loop: it has no parts to time, and no state to start them from."""
+        return hasattr(self.target, 'host_loop')
 
     @property
     def plain(self) -> bool:

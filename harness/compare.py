@@ -233,6 +233,8 @@ def curve_points(config: Any, benches: list[Bench], work: Work, tick: Callable[[
 
 def prepare_steps(bench: Bench, work: Work, config: Any, curve: dict) -> None:
     """Counts the bytes of a round, and where the row is timed makes the timers of its draft and its verification."""
+    if bench.by_host:
+        return
     state = state_after_prefill(bench, work)
     drafter, target = bench.drafter, bench.target
     bench.bytes_per_round = sum(steps.round_bytes(target, drafter, bench.params, state.cache, state.drafter))

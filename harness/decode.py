@@ -125,6 +125,8 @@ def generate(target: Target, drafter: Drafter, params: Any, prompts: Sequence[Se
     Errors: RequestError, before anything is compiled.
     """
     request = prepare(target, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=stop_tokens)
+    if hasattr(target, 'host_loop'):
+        return _by_host(target, drafter, params, prompts, max_new_tokens, sampling, stop_tokens, seed, on_tokens)
     begin = time.perf_counter()
     state = start(target, drafter, params, request, seed)
     middle = time.perf_counter()
@@ -143,10 +145,24 @@ def generate(target: Target, drafter: Drafter, params: Any, prompts: Sequence[Se
                       middle - begin, end - middle)
 
 
+def _by_host(target, drafter, params, prompts, max_new_tokens, sampling, stop_tokens, seed, on_tokens) -> Generation:
+    if drafter.block:
+        raise RequestError(f'{type(drafter).__name__} drafts for the jitted loop, {type(target).__name__} decodes '
+                           'outside of it')
+    out = target.host_loop(params, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=stop_tokens,
+                           seed=seed, on_tokens=on_tokens)
+    rounds = np.array([len(ids) - 1 for ids in out.tokens])
+    alone = rounds.sum(keepdims=True)
+    return Generation(out.tokens, rounds, alone, alone, out.prefill_s, out.decode_s)
+
+
 def warm_up(target: Target, drafter: Drafter, params: Any, prompts: Sequence[Sequence[int]], *,
             max_new_tokens: int, sampling: Sampling = GREEDY, stop_tokens: Sequence[int] = (),
             stream: bool = False) -> float:
     """Compiles what the same call of `generate` will run, and runs one round of it. Returns seconds."""
+    if hasattr(target, 'host_loop'):
+        out = generate(target, drafter, params, prompts, max_new_tokens=min(2, max_new_tokens), sampling=sampling)
+        return out.prefill_s + out.decode_s
     request = prepare(target, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=stop_tokens)
     request = dataclasses.replace(request, max_new_tokens=min(2, max_new_tokens))  # the capacity stays
     begin = time.perf_counter()

@@ -45,6 +45,7 @@ def make_row(config, bench: Bench, benches, plain_out, floor, parts, ties: NearT
     mean_accepted = float((bench.accepted * (1 + np.arange(len(bench.accepted)))).sum() / max(bench.accepted.sum(), 1))
     settings = dict(bench.spec.kwargs) | dict(bench.spec.get('target_kwargs') or {})
     settings |= {'artefact': bench.spec.artefact} if bench.spec.get('artefact') else {}
+    settings |= getattr(bench.target, 'counted', {})
     common = {
         'method': bench.method, 'mode': bench.spec.mode, 'dtype': bench.dtype, 'batch': bench.batch,
         'settings': settings,
