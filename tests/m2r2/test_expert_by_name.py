@@ -15,6 +15,7 @@ from harness import artefacts, compare, decode, models, zoo
 from harness.baselines import Autoregressive, PromptLookup
 from m2r2 import prefetch
 from m2r2.prefetch_task import PrefetchTask
+from scripts import expert_times
 from tests.conftest import lively, tiny_config
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
@@ -70,6 +71,14 @@ def test_what_it_cannot_do_is_said(shelf):
             models.make_target(loaded, arguments=wrong)
     with pytest.raises(FormatError, match='trained on'):
         artefacts.find_target('ahead', 'f' * 64, 'float32', {})
+
+
+def test_what_the_simulator_needs_is_measured(shelf):
+    measure = lambda *flags: expert_times.measure(expert_times.parse(['--repeats=2', *flags]))
+    found = measure(f'--model={shelf / "base"}')
+    assert set(found) == {'attention', 'experts', 'copy'} and all(len(t) == 2 and min(t) > 0 for t in found.values())
+    with pytest.raises(RequestError, match='either --model or --preset'):
+        measure()
 
 
 def test_rows_of_the_comparison(shelf):
