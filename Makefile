@@ -179,5 +179,14 @@ out/prefetch_stories/finished: out/moe_stories_base/headway.json
 zoo-moe_stories: out/prefetch_stories/finished
 	$(PY) scripts/routing_trace.py --workdir=out/prefetch_stories --out=out/stories_trace.npz
 
+# stories-15m with ReLU in the place of SiLU, healed (docs/sparsity.md); predictors and measurements read the converted folder.
+out/relu_stories/finished: | $(STORIES)
+	$(PY) -m harness.launch.train --config=configs/relufy.py --workdir=out/relu_stories
+
+out/relu_stories_base/headway.json: out/relu_stories/finished
+	$(PY) -m harness.launch.convert out/relu_stories out/relu_stories_base --overwrite
+
+zoo-relu_stories: out/relu_stories_base/headway.json
+
 clean:
 	rm -rf $(VENV) .venv-peers out

@@ -56,12 +56,18 @@ def glu(cfg: MlpConfig, gate: Array, up: Array) -> Array:
     return activate(cfg, gate) * up
 
 
+def neurons(cfg: ModelConfig, p: dict, x: Array) -> Array:
+    """x [..., d] -> the activated hidden units [..., F]. p: as of `mlp`."""
+    if 'gate_up' in p:
+        return glu(cfg.mlp, *jnp.split(dense(p['gate_up'], x), 2, axis=-1))
+    if 'kernel_t' in p['up']:
+        return activate(cfg.mlp, dense(p['up'], x))
+    return Mlp(cfg.mlp, cfg.hidden_size).apply({'params': p}, x, method='neurons')
+
+
 def mlp(cfg: ModelConfig, p: dict, x: Array, neuron_mask: Array | None = None) -> Array:
     """x [..., d] -> [..., d]; neuron_mask broadcasts to [..., F]. p: a layer's 'mlp', or a mixture's shared expert."""
-    if 'gate_up' in p:
-        neurons = glu(cfg.mlp, *jnp.split(dense(p['gate_up'], x), 2, axis=-1))
-    else:
-        neurons = Mlp(cfg.mlp, cfg.hidden_size).apply({'params': p}, x, method='neurons')
+    hidden = neurons(cfg, p, x)
     if neuron_mask is not None:
-        neurons = neurons * neuron_mask.astype(neurons.dtype)
-    return dense(p['down'], neurons)
+        hidden = hidden * neuron_mask.astype(hidden.dtype)
+    return dense(p['down'], hidden)

@@ -6,7 +6,7 @@ Without a compiler everything runs on XLA. Why this exists, with measurements: d
 
   doors.c      the handlers XLA calls        pool.h   threads        vec.h   sixteen floats at a time
   product.h    y = x w^T for a few rows          attention.h   a few queries over a cache
-  store.h      a block into the cache
+  store.h      a block into the cache            gather.h   products with some rows of a matrix
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from backbone.native import build
 
 Array = jax.Array
 MAX_ROWS = 16  # of one call; beyond it XLA's own products are faster
-_TARGETS = ('headway_matmul', 'headway_attend', 'headway_store', 'headway_rows')
+_TARGETS = ('headway_matmul', 'headway_attend', 'headway_store', 'headway_rows', 'headway_rows_in', 'headway_rows_out')
 _DTYPES = (jnp.float32, jnp.bfloat16)
 
 
@@ -80,3 +80,17 @@ def rows(table: Array, ids: Array) -> Array:
     """table [V, d] at ids [n] int32 -> float32 [n, d]."""
     result = jax.ShapeDtypeStruct((ids.shape[0], table.shape[1]), jnp.float32)
     return jax.ffi.ffi_call('headway_rows', result)(table, ids)
+
+
+def rows_in(x: Array, w: Array, ids: Array, active: Array) -> Array:
+    """x [m, k] times rows of w [nb, bn, k], blocks ids [n] of which the first `active` count -> float32 [m, n bn].
+
+    x of w's type. A row has the same bits as of `matmul`; what does not count is 0. m at most MAX_ROWS."""
+    result = jax.ShapeDtypeStruct((x.shape[0], ids.shape[0] * w.shape[1]), jnp.float32)
+    return jax.ffi.ffi_call('headway_rows_in', result)(x, w, ids, active.reshape(1))
+
+
+def rows_out(h: Array, w: Array, ids: Array, active: Array) -> Array:
+    """h [m, n bn] float32 times the same rows -> float32 [m, k]: the sum of those that count, in their order."""
+    result = jax.ShapeDtypeStruct((h.shape[0], w.shape[2]), jnp.float32)
+    return jax.ffi.ffi_call('headway_rows_out', result)(h, w, ids, active.reshape(1))

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 
 #include "attention.h"
+#include "gather.h"
 #include "product.h"
 #include "store.h"
 #include "xla/ffi/api/c_api.h"
@@ -100,3 +101,28 @@ XLA_FFI_Error *headway_rows(XLA_FFI_CallFrame *frame) {
   }
   return 0;
 }
+
+/* Arguments: rows x, matrix w [nb, bn, k], ids [n] int32, how many of them count [1] int32; result y float32. `in`: x is
+ * [m, k] of w's type and y [m, n * bn], else x is [m, n * bn] float32 and y [m, k]. */
+static XLA_FFI_Error *gather_door(XLA_FFI_CallFrame *frame, int in) {
+  if (answered_metadata(frame)) return 0;
+  if (frame->args.size != 4 || frame->rets.size != 1) return fail(frame->api, "headway_gather: wrong arity");
+  const XLA_FFI_Buffer *x = frame->args.args[0], *w = frame->args.args[1], *ids = frame->args.args[2],
+                       *active = frame->args.args[3], *y = frame->rets.rets[0];
+  const XLA_FFI_Buffer *deep = in ? x : y, *named = in ? y : x;
+  if (x->rank != 2 || w->rank != 3 || ids->rank != 1 || y->rank != 2 || active->rank != 1 || active->dims[0] != 1 ||
+      deep->dims[1] != w->dims[2] || named->dims[1] != ids->dims[0] * w->dims[1] || x->dims[0] != y->dims[0] ||
+      !is_weight_type(w->dtype) || x->dtype != (in ? w->dtype : XLA_FFI_DataType_F32) ||
+      y->dtype != XLA_FFI_DataType_F32 || ids->dtype != XLA_FFI_DataType_S32 || active->dtype != XLA_FFI_DataType_S32)
+    return fail(frame->api, "headway_gather: wants x, w [nb, bn, k], ids [n] and how many of them count [1]");
+  int64_t count = *(const int32_t *)active->data;
+  count = count < 0 ? 0 : count > ids->dims[0] ? ids->dims[0] : count;
+  Product p = {w->data, x->data, y->data, named->dims[1], w->dims[2], x->dims[0], 0, w->dtype == XLA_FFI_DataType_BF16};
+  Gather g = {p, ids->data, w->dims[0], w->dims[1], count, 0};
+  if (in) rows_in(g);
+  else rows_out(g);
+  return 0;
+}
+
+XLA_FFI_Error *headway_rows_in(XLA_FFI_CallFrame *frame) { return gather_door(frame, 1); }
+XLA_FFI_Error *headway_rows_out(XLA_FFI_CallFrame *frame) { return gather_door(frame, 0); }

@@ -155,3 +155,25 @@ def test_rows_equal_the_gather(dtype):
     table, ids = rand(0, 50, 24, dtype=dtype), jnp.array([0, 49, 7, 7], jnp.int32)
     np.testing.assert_array_equal(native.rows(table, ids), np.asarray(table, np.float32)[np.asarray(ids)])
     assert np.isfinite(native.rows(table, jnp.array([-5, 1000], jnp.int32))).all()  # clamped, as XLA clamps
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE)
+@pytest.mark.parametrize(('n', 'k', 'block'), ((96, 640, 16), (30, 33, 1), (24, 8, 3)))
+def test_products_with_some_rows(dtype, n, k, block):
+    """Those that count, and no others; the bits of the whole product, and the same for a row alone and in a block."""
+    w = rand(0, n, k, dtype=dtype)
+    blocks = w.reshape(-1, block, k)
+    ids = jnp.asarray(np.random.default_rng(1).permutation(n // block)[:5], jnp.int32)
+    active = jnp.int32(4)
+    for m in (1, 3, 16):
+        x, h = rand(m, m, k, dtype=dtype), rand(m, m, 5 * block).at[:, 4 * block:].set(jnp.nan)
+        got, whole = native.rows_in(x, blocks, ids, active), native.matmul(x, w).reshape(m, -1, block)
+        np.testing.assert_array_equal(got[:, :4 * block], whole[:, ids[:4]].reshape(m, -1))
+        assert (got[:, 4 * block:] == 0).all()
+        got = native.rows_out(h, blocks, ids, active)
+        rows = np.asarray(blocks[ids[:4]], np.float64).reshape(-1, k)
+        np.testing.assert_allclose(got, np.asarray(h, np.float64)[:, :4 * block] @ rows, atol=1e-4)
+        for i in range(0, m, 5):
+            np.testing.assert_array_equal(native.rows_out(h[i:i + 1], blocks, ids, active), got[i:i + 1])
+    with pytest.raises(Exception, match='headway_gather'):
+        native.rows_in(rand(0, 1, k + 1, dtype=dtype), blocks, ids, active)

@@ -9,6 +9,7 @@ from harness.baselines import Autoregressive, EarlyExit, Lookahead, PromptLookup
 from harness.decode import generate
 from m2r2.config import M2R2Config
 from m2r2.drafter import M2R2Drafter
+from sparsity import drafter as sparsity
 from tensorhead.config import TensorHeadConfig
 from tensorhead.drafter import TensorHeadDrafter
 
@@ -23,7 +24,8 @@ def target(cfg):
 @pytest.fixture(scope='session')
 def params(params, drafters):
     made = {'tensorhead': drafters['tensorhead'].init_params(jax.random.key(2)),
-            'm2r2': drafters['m2r2'].init_params(jax.random.key(3))}
+            'm2r2': drafters['m2r2'].init_params(jax.random.key(3)),
+            'sparsity': drafters['sparsity'].init_params(jax.random.key(4))}
     return params | jax.tree.map(lambda a: a + 0.05 if a.ndim > 1 else a, made)
 
 
@@ -35,9 +37,12 @@ def packed(cfg, params):
 
 @pytest.fixture(scope='session')
 def drafters(cfg, small_cfg):
+    thin = {'heads': 0.5, 'neurons': 0.5, 'block': 4, 'refresh': 2}
+    sees = {'width_heads': 8, 'width_neurons': 8, 'block': 4}
     return {'prompt_lookup': PromptLookup(4), 'lookahead': Lookahead(5, 3), 'early_exit': EarlyExit(cfg, 2, 3),
             'two_model': TwoModel(small_cfg, 3),
             'm2r2': M2R2Drafter(cfg, M2R2Config.of(cfg, {'exits': (2,), 'rank': 4, 'qo_rank': 2, 'carry': 8}), 3),
+            'sparsity': sparsity.build(cfg, thin, predictor=sees, block=3),
             'tensorhead': TensorHeadDrafter(TensorHeadConfig(cfg.hidden_size, cfg.vocab_size, 4, 3, inner_rank=8))}
 
 

@@ -22,6 +22,7 @@ from harness.baselines import Autoregressive, EarlyExit, Lookahead, PromptLookup
 from harness.decode import generate
 from m2r2.config import M2R2Config
 from m2r2.drafter import M2R2Drafter
+from sparsity import drafter as sparsity
 from tensorhead.config import TensorHeadConfig
 from tensorhead.drafter import TensorHeadDrafter
 from tests.conftest import lively, tiny_config
@@ -62,6 +63,7 @@ def exact_law(cfg, params, sampling) -> np.ndarray:
 def drafters(cfg, small):
     return {'none': Autoregressive(), 'prompt_lookup': PromptLookup(3), 'lookahead': Lookahead(3, 2),
             'early_exit': EarlyExit(cfg, 1, 2), 'm2r2': M2R2Drafter(cfg, M2R2Config.of(cfg, ACCELERATED), 2, doubt=40),
+            'sparsity': sparsity.build(cfg, {'heads': 1.0, 'neurons': 0.25, 'refresh': 2}, 'random', block=2),
             'two_model': TwoModel(small, 3), 'tensorhead': TensorHeadDrafter(HEAD)}
 
 
@@ -95,7 +97,7 @@ def emitted_follow(model, drafter, sampling, exact, seed) -> bool:
 # A head's law is enumerated exactly in tests/tensorhead/test_lossless.py.
 @pytest.mark.parametrize('name, setting', [
     *itertools.product(('none', 'prompt_lookup', 'early_exit'), SETTINGS),
-    *itertools.product(('lookahead', 'two_model', 'm2r2', 'tensorhead'), ('warped',)),
+    *itertools.product(('lookahead', 'two_model', 'm2r2', 'sparsity', 'tensorhead'), ('warped',)),
     *(pytest.param(name, 'plain', marks=pytest.mark.slow) for name in ('lookahead', 'two_model', 'tensorhead'))])
 def test_output_law_is_the_targets(model, follows, name, setting):
     assert follows(drafters(*model[:2])[name], SETTINGS[setting])

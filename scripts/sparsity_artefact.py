@@ -1,0 +1,62 @@
+"""A trained predictor in a folder of the zoo, with what is to be kept: a sparse target of its base, by name.
+
+    python scripts/sparsity_artefact.py --workdir=out/sparsity_stories --name=sparsity_stories --neurons=0.5 --heads=0.5
+
+The predictor lies there in int8 with a scale a column; the base does not, `base_hash` names it. What the predictor was
+worth on held-out text (scripts/sparsity_predictor.py) may go on the card with --measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from backbone.errors import RequestError
+from backbone.formats.tensors import params_hash
+from harness import artefacts, models, zoo
+from sparsity.config import SparsityConfig
+
+
+def main(args: argparse.Namespace) -> dict:
+    """The card. Errors: RequestError; those of models.read_run and zoo.save."""
+    task, params, _ = models.read_run(*models.split(args.workdir))
+    if not hasattr(task, 'predictor') or task.predictor.kind != 'unified':
+        raise RequestError(f'{args.workdir} trains no predictor that knows all layers before they run')
+    p = task.predictor
+    s = SparsityConfig.of(task.cfg, {'heads': args.heads, 'neurons': args.neurons, 'refresh': args.refresh,
+                                     'head_unit': p.head_unit, 'block': p.block})
+    card = artefacts.card_of(args.workdir) | {
+        'base_hash': params_hash(jax.tree.map(np.asarray, params['base'])),
+        'target': {'factory': 'sparsity.methods.build', 'pack': 'sparsity.methods.pack', 'params': ['sparsity'],
+                   'kwargs': {'model': task.cfg.to_dict(), 'sparsity': s.to_dict(), 'selector': 'predictor',
+                              'predictor': p.to_dict()}}}
+    if args.measured:
+        card['measured'] = json.loads(args.measured.read_text())
+    tree = {'sparsity': jax.tree.map(lambda a: np.asarray(a, np.float32), params['sparsity'])}
+    zoo.save(args.name, tree, card, args.root, overwrite=args.overwrite, int8=tuple(args.int8))
+    return card
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--workdir', required=True, help='the run that trained the predictor, with or without @STEP')
+    parser.add_argument('--name', required=True, help='of the artefact')
+    parser.add_argument('--heads', type=float, default=1.0, help='share of the heads that is kept')
+    parser.add_argument('--neurons', type=float, default=0.5, help='share of the neurons that is kept')
+    parser.add_argument('--refresh', type=int, default=1, help='tokens between two choices')
+    parser.add_argument('--int8', nargs='*', default=['.*/kernel'], help='regexes of matrices stored in int8')
+    parser.add_argument('--measured', type=Path, default=None, help='.json of scripts/sparsity_predictor.py')
+    parser.add_argument('--root', type=Path, default=None, help='instead of zoo/')
+    parser.add_argument('--overwrite', action='store_true')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    main(parse())
