@@ -29,12 +29,6 @@ from sparsity import measures
 from sparsity.config import PARTS
 from sparsity.predictor import predict
 
-WORKDIR = common.string_flag('workdir', None, 'A run of configs/sparsity_predictor.py, with or without @STEP.')
-ROWS = common.integer_flag('rows', 32, 'Held-out rows; as many of training for the mean, times --mean_rows.')
-MEAN_ROWS = common.integer_flag('mean_rows', 2, 'Training rows for the mean vector, for each held-out row.')
-BATCH = common.integer_flag('batch', 4, 'Rows at a time.')
-OUT = common.string_flag('out', '', '.json file to write.')
-
 
 def main(argv: list[str]) -> None:
     if argv[1:] or not WORKDIR.value:
@@ -113,5 +107,10 @@ def measure(task: Any, params: dict, rows: Any, count: int, mean: dict[str, np.n
     return jax.tree.map(summary, *parts)
 
 
-if __name__ == '__main__':
+if __name__ == '__main__':  # flags belong to a process: a test that imports this file must not get them
+    WORKDIR = common.string_flag('workdir', None, 'A run of configs/sparsity_predictor.py, with or without @STEP.')
+    ROWS = common.integer_flag('rows', 32, 'Held-out rows; as many of training for the mean, times --mean_rows.')
+    MEAN_ROWS = common.integer_flag('mean_rows', 2, 'Training rows for the mean vector, for each held-out row.')
+    BATCH = common.integer_flag('batch', 4, 'Rows at a time.')
+    OUT = common.string_flag('out', '', '.json file to write.')
     common.run(main)

@@ -27,14 +27,6 @@ from harness.launch import common
 from sparsity import traces
 from sparsity.config import PARTS
 
-CONFIG = config_flags.DEFINE_config_file('config', None, 'A run of configs/sparsity_predictor.py.')
-SPLIT = common.string_flag('split', '', 'Split of the data; default: the one trained on.')
-ROWS = common.integer_flag('rows', 64, 'Rows of text.')
-BATCH = common.integer_flag('batch', 4, 'Rows at a time.')
-PER_FILE = common.integer_flag('per_file', 256, 'Examples a file: so many are lost at most when this is killed.')
-DTYPE = common.enum_flag('dtype', 'float16', ['float16', 'float32'], 'Of contexts and scores.')
-OUT = common.string_flag('out', 'out/sparsity_traces', 'Folder of folders.')
-
 
 def main(argv: list[str]) -> None:
     if argv[1:] or CONFIG.value is None:
@@ -81,5 +73,12 @@ def store(task: Any, base: dict, rows: Any, count: int, out: Path, split: str, b
     return folder
 
 
-if __name__ == '__main__':
+if __name__ == '__main__':  # flags belong to a process: a test that imports this file must not get them
+    CONFIG = config_flags.DEFINE_config_file('config', None, 'A run of configs/sparsity_predictor.py.')
+    SPLIT = common.string_flag('split', '', 'Split of the data; default: the one trained on.')
+    ROWS = common.integer_flag('rows', 64, 'Rows of text.')
+    BATCH = common.integer_flag('batch', 4, 'Rows at a time.')
+    PER_FILE = common.integer_flag('per_file', 256, 'Examples a file: so many are lost at most when this is killed.')
+    DTYPE = common.enum_flag('dtype', 'float16', ['float16', 'float32'], 'Of contexts and scores.')
+    OUT = common.string_flag('out', 'out/sparsity_traces', 'Folder of folders.')
     common.run(main)

@@ -67,7 +67,9 @@ class Predictor(_Selector):
         return predict(self.cfg, self.p, params['sparsity'], seen.context)
 
     def size(self, params: Any) -> int:
-        mine = [params['sparsity'][part] for part in PARTS]
+        counts = {'heads': self.s.head_counts, 'neurons': self.s.counts}
+        asked = [part for part in PARTS if getattr(self.s, part) < 1 or counts[part]]  # a whole part asks nothing
+        mine = [params['sparsity'][part] for part in asked]
         return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(mine))
 
 
