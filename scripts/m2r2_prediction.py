@@ -58,7 +58,8 @@ def _wide(curve: list[dict], dtype: str, size: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('results', type=Path)
-    print('\n'.join(table(json.loads(parser.parse_args().results.read_text()))))
+    path = parser.parse_args().results
+    print('\n'.join(table(json.loads((path / 'results.json' if path.is_dir() else path).read_text()))))
 
 
 if __name__ == '__main__':
