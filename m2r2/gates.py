@@ -141,8 +141,13 @@ def from_logits(kind: str, logits: Array) -> Array:
     if kind == 'entropy':
         logp = jax.nn.log_softmax(_wide(logits))
         return 1 + (jnp.exp(logp) * logp).sum(-1) / math.log(logits.shape[-1])
-    best = jax.lax.top_k(jax.nn.softmax(_wide(logits)), 2)[0]
-    return best[..., 0] - best[..., 1] if kind == 'margin' else best[..., 0]
+    probs = jax.nn.softmax(_wide(logits))
+    best = probs.max(-1)
+    if kind == 'max_prob':
+        return best
+    # The second one by another maximum: top_k of a whole vocabulary is a sort on a CPU, and took longer than the model.
+    rest = jnp.where(jnp.arange(probs.shape[-1]) == probs.argmax(-1, keepdims=True), -1.0, probs)
+    return best - rest.max(-1)
 
 
 def _attend(p: dict, q: Array, latents: Array, mask: Array | None) -> Array:
