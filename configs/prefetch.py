@@ -28,7 +28,7 @@ def _stories(config) -> None:
                           'prefetch': {'interval': 3, 'reach': 4, 'rank': 32}}
     config.data.update({'dataset': 'selfgen', 'manual_dir': 'out/text/stories', 'tokenizer': 'stories-15m',
                         'seq_len': 256, 'batch_size': 8, 'loss_on': 'all'})
-    config.num_steps = 300
+    config.num_steps = 200
     config.eval.update({'every': 100, 'batches': 16})
     config.checkpoint.update({'every': 100, 'max_to_keep': 1})
 

@@ -39,7 +39,7 @@ def _stories(config) -> None:
     config.data.update({'dataset': 'selfgen', 'manual_dir': 'out/text/stories', 'tokenizer': 'stories-15m',
                         'seq_len': 256, 'batch_size': 4, 'loss_on': 'all'})
     config.compute_dtype = 'bfloat16'
-    config.num_steps = 300
+    config.num_steps = 200
     config.eval.update({'every': 100, 'batches': 16})
     config.checkpoint.update({'every': 100, 'max_to_keep': 1})
 

@@ -78,8 +78,8 @@ def find_target(name: str, base_hash: str, cache_dtype: str, arguments: Mapping[
     arguments: replace those it says. Errors: as `find`.
     """
     if name in zoo.names():
-        tree, card = zoo.load(name, base_hash)
-        spec = card.get('target')
+        spec = zoo.read_card(name).get('target')
+        tree = zoo.load(name, base_hash)[0] if spec else {}
     else:
         folder, step = models.split(name)
         task = _task(folder)

@@ -165,16 +165,16 @@ def _from_workdir(folder: Path, step: int | None, dtype: Any) -> Loaded:
 
 
 def _from_zoo(name: str, dtype: Any) -> Loaded:
-    tree, card = zoo.load(name)
-    where = str(zoo.ROOT / name / zoo.CARD)
+    card, where = zoo.read_card(name), str(zoo.ROOT / name / zoo.CARD)
     if 'target' in card:
         base = formats.load(card['base'], dtype)
-        zoo.load(name, base.base_hash)  # names both where they differ
+        tree, _ = zoo.load(name, base.base_hash)
         extra = jax.tree.map(lambda a: a.astype(dtype, copy=False), tree)
         return dataclasses.replace(base, name=name, decodes=card['target'], extra=extra,
                                    base_hash=hash_of({'base': base.params, **tree}, card['target']))
     if 'model' not in card:
         raise FormatError(f'{name}: this artefact drafts for {card["base"]}, it is not a model')
+    tree, _ = zoo.load(name)
     with faults_of(where):
         cfg, decodes = ModelConfig.from_dict(card['model']['config']), card['model']['decodes']
         tokens = None if card['model']['tokenizer'] == 'bytes' else zoo.ROOT / name / zoo.TOKENIZER

@@ -43,18 +43,23 @@ def names(root: Path | None = None) -> list[str]:
     return sorted(path.parent.name for path in (root or ROOT).glob(f'*/{CARD}'))
 
 
+def read_card(name: str, root: Path | None = None) -> dict[str, Any]:
+    """The card alone. Errors: FormatError for an unknown name, and a card that lacks a field."""
+    root = root or ROOT
+    if name not in names(root):
+        raise FormatError(f'{name}: no such artefact in {root}, there are: {", ".join(names(root)) or "none"}')
+    card = read_json(root / name / CARD)
+    _check_card(card, str(root / name / CARD))
+    return card
+
+
 def load(name: str, base_hash: str | None = None, root: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """(parameter tree of numpy arrays, card) of an artefact trained on the base with this `params_hash` (None: any).
 
     Errors: FormatError for an unknown name, another base (names both), a card that lacks a field, damaged or
     oversized weights.
     """
-    root = root or ROOT
-    folder = root / name
-    if name not in names(root):
-        raise FormatError(f'{name}: no such artefact in {root}, there are: {", ".join(names(root)) or "none"}')
-    card = read_json(folder / CARD)
-    _check_card(card, str(folder / CARD))
+    folder, card = (root or ROOT) / name, read_card(name, root)
     if base_hash not in (None, card['base_hash']):
         raise FormatError(f'{name}: trained on {card["base"]} with parameters {card["base_hash"]}, '
                           f'the base given has {base_hash}')

@@ -44,7 +44,8 @@ class ExpertTarget:
     extra: int = 0
     cache_dtype: str = 'float32'
     counted: dict[str, float] = dataclasses.field(default_factory=dict, init=False, compare=False, repr=False)
-    _made: dict[int, ExpertRuntime] = dataclasses.field(default_factory=dict, init=False, compare=False, repr=False)
+    _made: list[tuple[Any, ExpertRuntime]] = dataclasses.field(default_factory=list, init=False, compare=False,
+                                                               repr=False)
     exact: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -84,14 +85,14 @@ class ExpertTarget:
                   on_tokens: Callable[[int, list[int]], None] | None = None) -> Generation:
         """As the contract says. The first call with `params` takes the experts to host memory and fills the slots; the
         experts on the device stay there for the next call."""
-        runtime = self._made.get(id(params['base']))
-        if runtime is None:
-            self._made.clear()  # of other parameters: theirs may be gone
-            runtime = self._made[id(params['base'])] = ExpertRuntime(
-                self.cfg, params, slots=self.slots, eviction=self.eviction, predictor=self._predictor(),
-                extra=self.extra, keep=self.keep, cache_dtype=self.cache_dtype)
+        if not self._made or self._made[0][0] is not params['base']:
+            runtime = ExpertRuntime(self.cfg, params, slots=self.slots, eviction=self.eviction,
+                                    predictor=self._predictor(), extra=self.extra, keep=self.keep,
+                                    cache_dtype=self.cache_dtype)
             if self.keep:
                 runtime.load_all()
+            self._made[:] = [(params['base'], runtime)]  # with its owner: an id alone may come again
+        runtime = self._made[0][1]
         out = generate(runtime, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=stop_tokens,
                        seed=seed, on_tokens=on_tokens)
         self.counted.clear()

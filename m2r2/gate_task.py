@@ -85,9 +85,7 @@ class GateTask:
         """The frozen base and accelerators. Errors: FormatError, ConfigError where they do not fit together."""
         found: dict[str, Any] = {}
         if self.base:
-            loaded = formats.load(self.base)
-            if loaded.config != self.cfg:
-                raise ConfigError(f'{self.base} has another shape than the task was built for')
+            loaded = formats.load_shaped(self.base, self.cfg)
             found['base'] = loaded.params
         if self.accelerators:
             found['m2r2'], card = read_accelerators(self.accelerators)

@@ -72,9 +72,7 @@ class PrefetchTask:
         """The frozen base. Errors: those of formats.load."""
         if not self.base:
             return {}
-        loaded = formats.load(self.base)
-        if loaded.config != self.cfg:
-            raise ConfigError(f'{self.base} has another shape than the task was built for')
+        loaded = formats.load_shaped(self.base, self.cfg)
         return {'base': loaded.params}
 
     def loss(self, params: dict, batch: Mapping[str, Array], rng: Array) -> tuple[Array, dict[str, Array]]:

@@ -91,9 +91,7 @@ class AcceleratorTask:
         """The frozen base, and the draft vocabulary where a file names it. Errors: those of formats.load."""
         found: dict[str, Any] = {}
         if self.base:
-            loaded = formats.load(self.base)
-            if loaded.config != self.cfg:
-                raise ConfigError(f'{self.base} has another shape than the task was built for')
+            loaded = formats.load_shaped(self.base, self.cfg)
             found['base'] = loaded.params
         if self.draft_ids:
             found['m2r2'] = {'draft_ids': read_ids(self.draft_ids, self.m2r2.words, self.m2r2.vocab_size)}

@@ -91,9 +91,7 @@ class UpcycleTask:
         """Errors: those of formats.load and upcycle.read; ConfigError for a base of another shape."""
         if not self.base:
             return {}
-        loaded = formats.load(self.base)
-        if loaded.config != self.dense:
-            raise ConfigError(f'{self.base} has another shape than the task was built for')
+        loaded = formats.load_shaped(self.base, self.dense)
         return self.of(loaded.params, upcycle.read(self.split, self.cfg, loaded.base_hash))
 
     def of(self, dense: dict, split: upcycle.Split) -> dict:

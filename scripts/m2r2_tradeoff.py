@@ -27,9 +27,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import importlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,12 +43,13 @@ from backbone.cache import commit
 from backbone.config import ModelConfig
 from backbone.errors import RequestError
 from backbone.model import PlainTarget, init_params
-from harness import data, decode, models
+from harness import decode, models
 from harness.baselines import Autoregressive
 from m2r2 import alignment, calibrate, exits, gate_task, gates, streams
 from m2r2.config import M2R2Config
 from m2r2.early_exit import EarlyExitTarget, falling_schedule
 from m2r2.gates import GateConfig
+from scripts.sweep import append, held_out, read_rows, settings_of, write
 
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the first exit's scores: shares of tokens that stay there
 EVERY = 4  # one in so many positions chooses thresholds with a bound: neighbours are not independent
@@ -315,21 +314,6 @@ def plot(rows: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-def write(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + '.tmp')
-    beside.write_text(text)
-    os.replace(beside, path)
-
-
-def read_rows(path: Path) -> list[dict]:
-    """Whole lines; a line that a kill cut short is dropped, from the file too."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith('\n')]
-    if len(whole) < len(lines):
-        write(path, ''.join(whole))
-    return [json.loads(line) for line in whole]
-
-
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -338,13 +322,7 @@ def real(args: argparse.Namespace) -> tuple[ModelConfig, dict, list[Method], np.
     loaded = models.load(args.model)
     sources = dict(spec.split('=', 1) for spec in args.methods)
     methods = [method_of(name, source, loaded.config, loaded.base_hash) for name, source in sources.items()]
-    module, _, variant = args.config.partition(':')
-    config = importlib.import_module(f'configs.{module}').get_config(variant).data
-    rows = data.open_rows(config, config.eval_split, data.make_tokenizer(config))
-    wanted = args.calibrate + args.rows
-    if len(rows) < wanted:
-        raise RequestError(f'{wanted} rows are wanted, the held-out data has {len(rows)}')
-    return loaded.config, loaded.params, methods, np.asarray(rows.batch(range(wanted))['tokens'], np.int32)
+    return loaded.config, loaded.params, methods, held_out(args.config, args.calibrate + args.rows)
 
 
 def tiny(args: argparse.Namespace) -> tuple[ModelConfig, dict, list[Method], np.ndarray]:
@@ -363,11 +341,7 @@ def tiny(args: argparse.Namespace) -> tuple[ModelConfig, dict, list[Method], np.
 
 def main(args: argparse.Namespace) -> list[dict]:
     """Errors: RequestError, also where --out belongs to other settings."""
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    settings = {name: value for name, value in vars(args).items() if name != 'out'}
-    if (out / 'settings.json').exists() and json.loads((out / 'settings.json').read_text()) != settings:
-        raise RequestError(f'{out} was made with other settings (settings.json): give another --out')
+    out, settings = Path(args.out), settings_of(args)
     cfg, base, methods, rows = tiny(args) if args.tiny else real(args)
     if rows.shape[1] < args.prompt + args.steps + 1:
         raise RequestError(f'rows have {rows.shape[1]} tokens, --prompt + --steps + 1 are needed')
@@ -393,10 +367,7 @@ def main(args: argparse.Namespace) -> list[dict]:
     for point in points_of(methods, seen, args.fills, args.gates, args.quantiles, args.targets, args.steps,
                            args.schedules):
         if point.key not in done:
-            line = json.dumps(measure(work, point))
-            found.append(json.loads(line))
-            with open(out / 'rows.jsonl', 'a') as file:
-                file.write(line + '\n')
+            found.append(append(out / 'rows.jsonl', measure(work, point)))
             print(f'{point.key}: perplexity {found[-1]["perplexity"]:.3f}, agreement {found[-1]["agreement"]:.3f}, '
                   f'layers {found[-1]["layers"]:.2f}, {found[-1]["ms"][0]:.2f} ms (plain '
                   f'{found[-1]["plain_ms"][0]:.2f})', flush=True)

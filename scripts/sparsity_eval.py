@@ -29,9 +29,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import importlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,8 +45,9 @@ from backbone.config import ModelConfig
 from backbone.errors import RequestError
 from backbone.formats.tensors import Loaded
 from backbone.model import PlainTarget
-from harness import data, evaluate, models, stepwise
+from harness import evaluate, models, stepwise
 from harness.scoring import Scorer
+from scripts.sweep import append, held_out, read_rows, settings_of, write
 from sparsity import account, criteria, predictor, relufy, selectors, spans, thresholds
 from sparsity.config import PARTS, SparsityConfig
 from sparsity.predictor import PredictorConfig
@@ -215,15 +214,10 @@ def bytes_of(work: Work, method: str, part: str, share: float) -> float:
         sparse = np.array([l in s.sparse_layers(cfg) for l in range(cfg.num_layers)])
         needed, groups = {name: np.where(sparse, share, 1.0) for name in BY_VALUE[method][1]}, np.ones(cfg.num_layers)
     middle = np.array([work.prompt + (work.steps - 1) / 2])
-    reads = account.add(account.nothing(cfg), needed, groups, middle, np.array(1), read_by(s, mine) if mine else 0)
+    asked = selectors.Predictor(cfg, s, mine.p).size({'sparsity': mine.params}) if mine else 0
+    reads = account.add(account.nothing(cfg), needed, groups, middle, np.array(1), asked)
     found = account.statistics(cfg, reads)
     return found['bytes'] - found['selector'] * (1 - 1 / s.refresh)
-
-
-def read_by(s: SparsityConfig, mine: Trained) -> int:
-    """Bytes a predictor reads for what is not kept whole anyway."""
-    return sum(a.size * a.dtype.itemsize for part in PARTS if getattr(s, part) < 1
-               for a in jax.tree.leaves(mine.params[part]))
 
 
 def thresholds_of(work: Work, method: str, share: float) -> dict[str, Any]:
@@ -369,21 +363,6 @@ def plot(rows: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-def write(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + '.tmp')
-    beside.write_text(text)
-    os.replace(beside, path)
-
-
-def read_rows(path: Path) -> list[dict]:
-    """Whole lines; a line that a kill cut short is dropped, from the file too."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith('\n')]
-    if len(whole) < len(lines):
-        write(path, ''.join(whole))
-    return [json.loads(line) for line in whole]
-
-
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -404,13 +383,8 @@ def real(args: argparse.Namespace) -> tuple[Work, Loaded]:
         raise RequestError(f'{args.model} is more than a plain model')
     sources = dict(spec.split('=', 1) for spec in args.predictors)
     trained = {name: predictor_of(name, source, loaded.config, loaded.base_hash) for name, source in sources.items()}
-    module, _, variant = args.config.partition(':')
-    config = importlib.import_module(f'configs.{module}').get_config(*[variant] * bool(variant)).data
-    rows = data.open_rows(config, config.eval_split, data.make_tokenizer(config))
-    wanted = args.calibrate + args.rows
-    if len(rows) < wanted:
-        raise RequestError(f'{wanted} rows are wanted, the held-out data has {len(rows)}')
-    return work_of(args, loaded.config, loaded.params, rows.batch(range(wanted))['tokens'], trained), loaded
+    rows = held_out(args.config, args.calibrate + args.rows)
+    return work_of(args, loaded.config, loaded.params, rows, trained), loaded
 
 
 def tiny(args: argparse.Namespace) -> tuple[Work, None]:
@@ -445,11 +419,7 @@ def work_of(args: argparse.Namespace, cfg: ModelConfig, base: dict, rows: np.nda
 
 def main(args: argparse.Namespace) -> list[dict]:
     """Errors: RequestError, also where --out belongs to other settings."""
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    settings = {name: value for name, value in vars(args).items() if name != 'out'}
-    if (out / 'settings.json').exists() and json.loads((out / 'settings.json').read_text()) != settings:
-        raise RequestError(f'{out} was made with other settings (settings.json): give another --out')
+    out, settings = Path(args.out), settings_of(args)
     work, loaded = tiny(args) if args.tiny else real(args)
     write(out / 'settings.json', json.dumps(settings, indent=1) + '\n')
     zeros = relufy.natural_sparsity(work.cfg, work.base, work.calibration)
@@ -468,10 +438,7 @@ def main(args: argparse.Namespace) -> list[dict]:
         if row is None:
             print(f'{point.key}: left out', flush=True)
             continue
-        line = json.dumps(row)
-        found.append(json.loads(line))
-        with open(out / 'rows.jsonl', 'a') as file:
-            file.write(line + '\n')
+        found.append(append(out / 'rows.jsonl', row))
         said = f'accuracy {row["acc"]:.3f}' if point.task else f'perplexity {row["perplexity"]:.3f}'
         print(f'{point.key}: {said}, kept {row["kept"]:.3g}, bytes {row["bytes"] / row["dense_bytes"]:.3f}', flush=True)
     write(out / 'table.md', table(found))

@@ -91,9 +91,7 @@ class PredictorTask:
         """The frozen base. Errors: those of formats.load."""
         if not self.base:
             return {}
-        loaded = formats.load(self.base)
-        if loaded.config != self.cfg:
-            raise ConfigError(f'{self.base} has another shape than the task was built for')
+        loaded = formats.load_shaped(self.base, self.cfg)
         return {'base': loaded.params}
 
     def spans(self, batch: Mapping[str, Array]) -> Spans:

@@ -84,9 +84,7 @@ class RelufyTask:
         """Errors: those of formats.load; ConfigError for a base of another shape."""
         if not self.base:
             return {}
-        loaded = formats.load(self.base)
-        if loaded.config != self.dense:
-            raise ConfigError(f'{self.base} has another shape than the task was built for')
+        loaded = formats.load_shaped(self.base, self.dense)
         return self._of(loaded.params)
 
     def _of(self, base: dict) -> dict:

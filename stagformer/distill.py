@@ -59,9 +59,7 @@ class HealTask(StagFormerTask):
         """Teacher and converted student of the file. Errors: those of backbone.formats.load, ConfigError."""
         if not self.dense_path:
             return {}
-        loaded = formats.load(self.dense_path)
-        if loaded.config != self.dense:
-            raise ConfigError(f'{self.dense_path} has another shape than the task was built for')
+        loaded = formats.load_shaped(self.dense_path, self.dense)
         return self._of(loaded.params)
 
     def _of(self, dense: dict) -> dict:

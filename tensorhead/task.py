@@ -125,9 +125,7 @@ class HeadTask:
         """The frozen base, and the draft vocabulary where a file names it. Errors: those of formats.load."""
         found: dict[str, Any] = {}
         if self.base:
-            loaded = formats.load(self.base)
-            if loaded.config != self.cfg:
-                raise ConfigError(f'{self.base} has another shape than the task was built for')
+            loaded = formats.load_shaped(self.base, self.cfg)
             found['base'] = loaded.params
         if self.draft_ids:
             found['tensorhead'] = {'draft_ids': read_ids(self.draft_ids, self.head.words, self.head.vocab_size)}

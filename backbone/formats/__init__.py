@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from backbone import catalogue
-from backbone.errors import FormatError
+from backbone.config import ModelConfig
+from backbone.errors import ConfigError, FormatError
 from backbone.formats import gguf, llama2c, orbax, safetensors
 from backbone.formats.gguf_header import MAGIC
 from backbone.formats.staging import refuse_existing
 from backbone.formats.tensors import Loaded, params_hash
 
-__all__ = ['KINDS', 'Loaded', 'check_request', 'load', 'params_hash', 'save', 'sniff']
+__all__ = ['KINDS', 'Loaded', 'check_request', 'load', 'load_shaped', 'params_hash', 'save', 'sniff']
 
 _READERS = {'hf': safetensors.read, 'headway': orbax.read, 'llama2c': llama2c.read}
 _WRITERS = {'gguf': gguf, 'hf': safetensors, 'headway': orbax}
@@ -44,6 +45,14 @@ def load(spec: str | Path, dtype: Any = np.float32, cache: bool = True) -> Loade
     kind = sniff(path)
     loaded = gguf.read(path, dtype, cache) if kind == 'gguf' else _READERS[kind](path, dtype)
     return dataclasses.replace(loaded, name=key) if named else loaded
+
+
+def load_shaped(spec: str | Path, cfg: ModelConfig) -> Loaded:
+    """`load`, of the base that a task was built for. Errors: ConfigError where it has another shape than `cfg`."""
+    loaded = load(spec)
+    if loaded.config != cfg:
+        raise ConfigError(f'{spec} has another shape than the task was built for')
+    return loaded
 
 
 def check_request(dst: str | Path, kind: str, dtype: str, overwrite: bool = False) -> None:

@@ -14,6 +14,7 @@ from backbone.model import PlainTarget, forward
 from harness import stepwise
 from harness.scoring import Row, Scorer
 from scripts import sparsity_eval, sparsity_speed
+from sparsity import selectors
 from sparsity.config import SparsityConfig
 from tests.conftest import lively, tiny_config
 
@@ -114,7 +115,8 @@ def test_equal_bytes_pay_for_the_predictor(work):
     price = lambda work: sparsity_eval.bytes_of(work, 'ours', 'neurons', 0.5) - budget
     assert 0 < price(seldom) == pytest.approx(price(work) / 8)
     mine = work.trained['ours']
-    parts = {part: sparsity_eval.read_by(SparsityConfig(**{part: 0.5}), mine) for part in ('heads', 'neurons')}
+    size = lambda s: selectors.Predictor(work.cfg, s, mine.p).size({'sparsity': mine.params})
+    parts = {part: size(SparsityConfig(**{part: 0.5})) for part in ('heads', 'neurons')}
     assert sum(parts.values()) == sum(4 * a.size for a in jax.tree.leaves(mine.params)) and min(parts.values()) > 0
 
 
