@@ -102,7 +102,7 @@ def test_from_accelerators_to_a_measured_artefact(tmp_path, monkeypatch):
     assert gate_task.build(base=str(tmp_path / 'base'), accelerators=str(tmp_path / 'whole')).m2r2.exits == (1, 2)
 
     module = types.ModuleType('configs.small')
-    module.get_config = lambda variant: config
+    module.get_config = lambda variant='': config
     monkeypatch.setitem(sys.modules, 'configs.small', module)
     rows = m2r2_tradeoff.main(m2r2_tradeoff.parse([
         f'--out={tmp_path / "out"}', '--config=small', f'--model={tmp_path / "base"}', '--methods',
