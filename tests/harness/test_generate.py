@@ -1,5 +1,6 @@
 """The command line of generation, in process on a tiny model and once for real on SmolLM2."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -46,8 +47,9 @@ def test_the_real_model_streams_and_reports(drafter):
 ))
 def test_bad_input_is_one_line_and_exit_2(arguments, named, capsys, monkeypatch):
     """In process (the same guard as the console script), because each start would cost seconds."""
-    monkeypatch.setattr(sys, 'argv', ['headway-generate', '--model=smollm2-135m', *arguments])
     flags.FLAGS.unparse_flags()
+    importlib.reload(cli)   # commands share names of flags: one that another test imported may have the last word
+    monkeypatch.setattr(sys, 'argv', ['headway-generate', '--model=smollm2-135m', *arguments])
     with pytest.raises(SystemExit) as stop:
         cli.cli()
     captured = capsys.readouterr()
