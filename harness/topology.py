@@ -128,6 +128,9 @@ def _gpu(kind: str, shape: tuple[int, ...]) -> list[jax.Device]:
         raise CompilerMissing('the GPU compiler is not installed; `make gpu-compiler` does it, or: '
                               f'{sys.executable} -m pip install --no-deps --target {GPU_FOLDER} '
                               + ' '.join(GPU_PACKAGES))
+    runtime = GPU_FOLDER / 'jax_cuda12_plugin' / 'libmosaic_gpu_runtime.so'
+    if runtime.is_file():  # Pallas' kernels are linked against it; JAX looks for it once, before this folder is known
+        os.environ.setdefault('MOSAIC_GPU_RUNTIME_LIB_PATH', str(runtime))
     config = _HOPPER.format(bandwidth=chip.memory_bytes_per_s, memory=chip.memory_bytes, name=f'NVIDIA {kind.upper()}')
     try:
         return list(topologies.get_topology_desc(
