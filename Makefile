@@ -20,7 +20,7 @@ GPU      := $(VENV)/gpu-compiler
 COMPARE_DATA := smollm2-135m mt_bench
 TEST_DATA    := $(COMPARE_DATA) enwik8 lambada piqa arc_easy hellaswag gsm8k
 
-.PHONY: setup tpu-compiler gpu-compiler compare test soak lint peers data clean
+.PHONY: setup tpu-compiler gpu-compiler compare test soak test-tpu-aot test-gpu-aot lint peers data clean
 .PRECIOUS: out/tensorhead_smollm2_r%/finished out/stagformer/tiny/%_0/finished
 
 setup: $(READY) tpu-compiler
@@ -60,6 +60,13 @@ test: $(READY) tpu-compiler data
 
 soak: $(READY) tpu-compiler data
 	$(PYTEST) -m slow
+
+# Every shape of every kernel through the compilers of devices that are not here.
+test-tpu-aot: $(READY) tpu-compiler
+	JAX_PLATFORMS=cpu $(PY) -m pytest tests/pallas_kernels -m 'slow or not slow' -k the_tpu_compiler
+
+test-gpu-aot: $(READY) gpu-compiler
+	JAX_PLATFORMS=cpu $(PY) -m pytest tests/pallas_kernels -m 'slow or not slow' -k the_gpu_compiler
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
@@ -179,6 +186,15 @@ out/prefetch_stories/finished: out/moe_stories_base/headway.json
 zoo-moe_stories: out/prefetch_stories/finished
 	$(PY) scripts/routing_trace.py --workdir=out/prefetch_stories --out=out/stories_trace.npz
 
+# The same of SmolLM2-135M: for a GPU or a long evening, and without predictors.
+out/moe_smollm2_split.npz: $(TEXT)/ids.npy
+	$(PY) scripts/upcycle_split.py --config=configs/upcycle.py:smollm2
+
+out/moe_smollm2/finished: out/moe_smollm2_split.npz
+	$(PY) -m harness.launch.train --config=configs/upcycle.py:smollm2 --workdir=out/moe_smollm2
+
+zoo-moe_smollm2: out/moe_smollm2/finished
+
 # stories-15m with ReLU in the place of SiLU, healed (docs/sparsity.md); predictors and measurements read the converted folder.
 out/relu_stories/finished: | $(STORIES)
 	$(PY) -m harness.launch.train --config=configs/relufy.py --workdir=out/relu_stories
@@ -186,7 +202,29 @@ out/relu_stories/finished: | $(STORIES)
 out/relu_stories_base/headway.json: out/relu_stories/finished
 	$(PY) -m harness.launch.convert out/relu_stories out/relu_stories_base --overwrite
 
-zoo-relu_stories: out/relu_stories_base/headway.json
+# Predictors of what matters (docs/sparsity.md), of a model of the catalogue and of the relufied one, which is another at
+# every making: its predictor is an artefact of this machine.
+PREDICT  := $(PY) -m harness.launch.train --config=configs/sparsity_predictor.py:stories
+SPARSE   := $(PY) scripts/sparsity_artefact.py --overwrite --neurons=0.5
+EVALUATE := $(PY) scripts/sparsity_eval.py --config=relufy --rows=24 --batch=24 --head_unit=head --block=8 \
+            --methods static griffin random --parts neurons both --by share --shares 0.5
+out/sparsity_stories/finished: | $(STORIES)
+	$(PREDICT) --workdir=out/sparsity_stories
+
+out/sparsity_relu_stories/finished: out/relu_stories_base/headway.json
+	$(PREDICT) --config.task.kwargs.base=out/relu_stories_base --workdir=out/sparsity_relu_stories
+
+out/eval_stories/table.md: out/sparsity_stories/finished
+	$(EVALUATE) --model=stories-15m --predictors ours=out/sparsity_stories --out=out/eval_stories
+
+out/eval_relu_stories/table.md: out/sparsity_relu_stories/finished
+	$(EVALUATE) --model=out/relu_stories_base --predictors ours=out/sparsity_relu_stories --out=out/eval_relu_stories
+
+zoo-sparsity_stories zoo-sparsity_relu_stories: zoo-sparsity_%: out/eval_%/table.md
+	$(PY) scripts/sparsity_predictor.py --workdir=out/sparsity_$* --out=out/sparsity_$*.json
+	$(SPARSE) --workdir=out/sparsity_$* --name=sparsity_$* --measured=out/sparsity_$*.json --evaluated=out/eval_$*
+
+zoo-relu_stories: zoo-sparsity_relu_stories
 
 clean:
 	rm -rf $(VENV) .venv-peers out

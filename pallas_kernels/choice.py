@@ -19,7 +19,7 @@ from pallas_kernels.errors import KernelError
 from pallas_kernels.op import Kernel, Op
 
 MEASURED = Path(__file__).parent / 'measured'
-_PLATFORMS = {'tpu': 'tpu', 'gpu': 'gpu', 'cuda': 'gpu', 'rocm': None, 'cpu': None}
+PLATFORM_OF = {'tpu': 'tpu', 'gpu': 'gpu', 'cuda': 'gpu', 'rocm': None, 'cpu': None}
 
 
 def choose(op: Op, args: tuple, implementation: str | None = None, platform: str | None = None,
@@ -40,18 +40,19 @@ def choose(op: Op, args: tuple, implementation: str | None = None, platform: str
         if why := kernel.refuses(*args):
             raise KernelError(f'{op.name} by its {implementation} kernel: {why}')
         return kernel
-    kernel = op.kernel(_PLATFORMS.get(platform or jax.default_backend()) or '')
+    kernel = op.kernel(PLATFORM_OF.get(platform or jax.default_backend()) or '')
     if kernel is None or kernel.refuses(*args):
         return None
     row = nearest(table(device_kind or jax.devices()[0].device_kind), op.name, str(args[0].dtype), op.sizes(*args))
-    return kernel if row is not None and row['kernel_s'] < row['xla_s'] else None
+    return kernel if row is not None and 'error' not in row and row['kernel_s'] < row['xla_s'] else None
 
 
 @functools.cache
 def table(device_kind: str) -> tuple[dict, ...]:
     """What was measured on this kind of device; empty where nothing was."""
     path = MEASURED / f'{file_name(device_kind)}.json'
-    return tuple(json.loads(path.read_text())['rows']) if path.exists() else ()
+    found = json.loads(path.read_text()) if path.exists() else {'rows': [], 'interpreted': False}
+    return () if found['interpreted'] else tuple(found['rows'])
 
 
 def file_name(device_kind: str) -> str:

@@ -132,22 +132,31 @@ def test_it_lowers_for_its_platform(case):
     assert 'custom_call' in lowered.as_text()
 
 
-@pytest.mark.parametrize('name', ('v5e:1x1', pytest.param('v6e:1x1', marks=pytest.mark.slow)))
-@pytest.mark.parametrize('case', once_an_op([case for case in CASES if case[1].platform == 'tpu']))
-def test_the_tpu_compiler_takes_it(case, name):
+def every(platform):
+    """All shapes that a platform's kernels take, devices' included."""
+    return [(op, kernel, spec) for op in api.OPS.values() for kernel in op.kernels for spec in op.specs
+            if kernel.platform == platform and spec.name not in op.unsupported.get(platform, ())]
+
+
+def compiled(case, name):
+    """The program's text. Skips, with the reason, where there is no compiler for that device."""
     op, kernel, spec = case
     try:
-        devices, _ = topology.get(name)
+        place = jax.sharding.SingleDeviceSharding(topology.get(name)[0][0])
     except CompilerMissing as error:
         pytest.skip(str(error))
-    args, _ = arguments(op, spec)
-    compiled = compile_for(devices[0], kernel.run, args)
-    assert 'tpu_custom_call' in compiled.as_text()
+    args = spec.shapes()
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) if hasattr(a, 'shape') else a for a in args]
+    return jax.jit(kernel.run, static_argnums=statics(args)).lower(*shapes).compile().as_text()
 
 
-def compile_for(device, run, args):
-    place = jax.sharding.SingleDeviceSharding(device)
-    fixed = statics(args)
-    shapes = [a if i in fixed else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
-              for i, a in enumerate(args)]
-    return jax.jit(run, static_argnums=fixed).lower(*shapes).compile()
+@pytest.mark.parametrize('name', ('v5e:1x1', pytest.param('v6e:1x1', marks=pytest.mark.slow)))
+@pytest.mark.parametrize('case', once_an_op(every('tpu')))
+def test_the_tpu_compiler_takes_it(case, name):
+    assert 'tpu_custom_call' in compiled(case, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', [pytest.param(case, id=named(case)) for case in every('gpu')])
+def test_the_gpu_compiler_takes_it(case):
+    assert 'mosaic_gpu' in compiled(case, 'h200:1')
