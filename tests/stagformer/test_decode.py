@@ -83,8 +83,8 @@ commit = jax.jit(caches.commit)
 
 
 def rounding(case):
-    """Of a logit in float32. Where no norm is on what is read, one position of TOKENS rounds 15 times coarser."""
-    return 2e-5 if CASES[case].context_norm else 2e-4
+    """Of a logit in float32. Without a norm on what is read, and in the control without stagger, it rounds coarser."""
+    return 1e-5 if CASES[case].context_norm and CASES[case].lag else 5e-5
 
 
 def references(cfg, stored, tokens=TOKENS):
@@ -208,10 +208,10 @@ def test_recurrent_decoding(window, form):
     np.testing.assert_allclose(want[:, :5], exact[:, :5], atol=1e-9)
     assert np.abs(want - exact)[:, 5:].max(-1).min() > 1e-3
     first, cache = prompted(target, forward, TOKENS[:, :4], (4, 4))
-    np.testing.assert_allclose(first, want[:, 3], atol=2e-5)
+    np.testing.assert_allclose(first, want[:, 3], atol=1e-5)
     for sizes in ((1,) * 5, (4, 1)):
         got, _ = feed(forward, cache, TOKENS[:, 4:], sizes)
-        np.testing.assert_allclose(got, want[:, 4:], atol=2e-5)
+        np.testing.assert_allclose(got, want[:, 4:], atol=1e-5)
 
 
 # --- what a step does -------------------------------------------------------------------------------------------------
