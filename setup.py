@@ -30,7 +30,7 @@ setup(
         'gpu': ['jax[cuda13]'],
         'tpu': ['jax[tpu]'],
         'oracle': ['transformers', 'torch==2.13.0', 'accelerate'],
-        'dev': ['pytest', 'pytest-xdist', 'hypothesis', 'ruff'],
+        'dev': ['pytest', 'pytest-xdist', 'hypothesis', 'ruff', 'optuna'],
     },
     entry_points={'console_scripts': [f'headway-{c}=harness.launch.{c}:cli' for c in COMMANDS]},
 )

@@ -149,6 +149,60 @@ class ModelConfig:
         return _build(cls, data, '')
 
 
+@dataclasses.dataclass(frozen=True)
+class SsmConfig:
+    """A Mamba-2 mixer of expansion 1 in the shape of a grouped attention (backbone/mamba2.py).
+
+    num_heads H, each with a state [head_dim P, state_size N]; x and B are made for num_groups G groups of H / G
+    neighbouring heads. conv_width: taps of the causal convolution. chunk: tokens at a time in whole sequences.
+    gated_norm: whether the gated heads pass a norm of their own (RMS over P) before the output projection.
+    """
+
+    num_heads: int
+    num_groups: int
+    head_dim: int
+    state_size: int
+    conv_width: int = 4
+    chunk: int = 64
+    gated_norm: bool = True
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        for name in ('num_heads', 'num_groups', 'head_dim', 'state_size', 'chunk'):
+            _require(getattr(self, name) > 0, f'ssm.{name} must be positive, got {getattr(self, name)}')
+        _require(self.conv_width > 1, f'ssm.conv_width must be at least 2, got {self.conv_width}')
+        _require(self.norm_eps > 0, f'ssm.norm_eps must be positive, got {self.norm_eps}')
+        _require(self.num_heads % self.num_groups == 0,
+                 f'ssm.num_heads {self.num_heads} is not a multiple of num_groups {self.num_groups}')
+
+    @classmethod
+    def like(cls, cfg: ModelConfig, **changes: Any) -> SsmConfig:
+        """In the shape of a model's attention, so that its output projection fits: a group for each key/value head.
+        Errors: ConfigError names an unknown field."""
+        unknown = [name for name in changes if name not in {f.name for f in dataclasses.fields(cls)}]
+        _require(not unknown, f'ssm: unknown field {", ".join(unknown)}')
+        att = cfg.attention
+        sizes = {'num_heads': att.num_heads, 'num_groups': att.num_kv_heads, 'head_dim': att.head_dim,
+                 'state_size': att.head_dim}
+        return cls(**(sizes | changes))
+
+    @property
+    def inner(self) -> int:
+        """H P: width of the gate and of what the output projection reads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def parts(self) -> tuple[int, int, int, int, int]:
+        """Columns of the input projection: z | x | B | C | dt."""
+        h, g, p, n = self.num_heads, self.num_groups, self.head_dim, self.state_size
+        return h * p, g * p, g * n, h * n, h
+
+    @property
+    def conv_channels(self) -> int:
+        """x, B and C."""
+        return sum(self.parts[1:4])
+
+
 _NESTED = {'attention': AttentionConfig, 'mlp': MlpConfig, 'moe': MoeConfig, 'rope_scaling': RopeScaling}
 
 

@@ -118,7 +118,8 @@ class Target(Protocol):
 
         taps: static names, see `backbone.model`. masks: {'heads': [L, H] or [L, B, S, H],
         'neurons': [L, F] or [L, B, S, F]}, multiplied in. logits_at [B]: logits of that one
-        position of the block only (prefill).
+        position of the block only (prefill). A target with recurrent states takes it as a promise that `commit`
+        keeps a block longer than `block` + 1 just up to there (backbone/cache.py).
         """
 
 
@@ -154,7 +155,8 @@ class Task(Protocol):
     trainable: regexes that must fully match '/'-joined parameter paths; every other leaf is frozen: no gradient, no
     optimiser state, the same bits afterwards. A batch is a dict of [B, S] arrays (docs/data.md).
     Optional: `target`, the Target that decodes the parameters for samples; `load() -> tree` of numpy leaves that come
-    from files and replace those of `init` (a frozen base), checked against their shapes.
+    from files and replace those of `init` (a frozen base), checked against their shapes; `by_step` True: in training
+    batch['step'] is the number of steps done, traced. Evaluation never has it.
     """
 
     cfg: ModelConfig

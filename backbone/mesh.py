@@ -58,7 +58,16 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r'.*cross/(\d+/)?[kv]/kernel', ('embed', 'kv_heads')),
     (r'.*cross/(\d+/)?o/kernel', ('heads', 'embed')),
     (r'.*publish/kernel', ('embed', None, 'kv_heads')),
-    (r'.*layers/((self|cross|\d+)/)*(k|v)', ('batch', 'kv_heads', None, None)),  # the cache
+    # Recurrent mixers (backbone/mamba2.py). The columns of in_proj are of five kinds and are cut anywhere.
+    (r'.*mixers/(\d+/)?in_proj/kernel', ('embed', 'mlp')),
+    (r'.*mixers/(\d+/)?out_proj/kernel', ('heads', 'embed')),
+    # The cache.
+    (r'.*layers/((self|cross|kv|\d+)/)*(k|v)', ('batch', 'kv_heads', None, None)),
+    (r'.*layers/((ssm|\d+)/)*state', ('batch', 'heads', None, None)),
+    (r'.*layers/((ssm|\d+)/)*log/(x|B)', ('batch', None, 'kv_heads', None)),
+    (r'.*layers/((ssm|\d+)/)*log/(dt|la)', ('batch', None, 'heads')),
+    (r'.*layers/((ssm|\d+)/)*(tail|log/conv)', ('batch', None, None)),
+    (r'.*layers/((ssm|\d+)/)*at', ('batch',)),
     (r'.*', ()),
 )
 
@@ -136,7 +145,8 @@ def _place(cfg: ModelConfig, mesh: Mesh, axis: str | None, size: int, fsdp: bool
         return None
     # A head is not cut in two: count heads, not columns.
     units = {'heads': cfg.attention.num_heads, 'kv_heads': cfg.attention.num_kv_heads}.get(axis, size)
-    return target if units % mesh.shape[target] == 0 else (units, axis, target)
+    whole = units % mesh.shape[target] == 0 and size % mesh.shape[target] == 0  # a mixer may have other heads
+    return target if whole else (units, axis, target)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -19,7 +19,8 @@ def method(drafter='', mode='lossless', target='backbone.model.PlainTarget', tar
 
     Arguments called cfg, stacked and cache_dtype are filled in for factories that take them and need not be given.
     params: dotted path of a function (cfg, base, dtype) -> {'<method>': parameters}, where the drafter has any.
-    artefact: instead of a drafter, what was trained: a name of the zoo, or the working directory of a run.
+    artefact: instead of a drafter, what was trained: a name of the zoo, or the working directory of a run. One that
+    both decodes and drafts decodes, unless drafter is 'artefact'.
     model: a model of its own, of the same tokenizer: a name of the zoo, a working directory, a file. What decodes it
     takes target_kwargs; without a drafter it is decoded plainly.
     """

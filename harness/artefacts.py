@@ -22,7 +22,8 @@ Or it is what decodes a base it does not hold, an approximation of it: its card 
 
     'target': {'factory', 'kwargs', 'pack', 'params'}        as Task.decodes() in harness/models.py
 
-and `models.load(name)` gives the base, named by the card, with that around it.
+and `models.load(name)` gives the base, named by the card, with that around it. A card may have both 'target' and
+'drafter', of one part of the tree: an approximation by itself, or one that drafts for what it approximates.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def find(name: str, cfg: ModelConfig, base_hash: str, arguments: Mapping[str, An
         if 'drafter' not in card:
             raise FormatError(f'{name}: this artefact drafts nothing')
         spec = card['drafter']
+        tree = tree[spec['params']] if 'target' in card else tree
     else:
         tree, spec, trained_on = from_workdir(name)
         if trained_on != base_hash:
@@ -139,7 +141,10 @@ def to_zoo(name: str, workdir: str | Path, card: Mapping[str, Any], int8: tuple[
                           f'the artefact with {task.artefact_script}')
     if hasattr(task, 'drafter'):
         tree, spec, base_hash = from_workdir(str(workdir))
-        zoo.save(name, tree, {'base_hash': base_hash, 'drafter': spec, **card}, root, overwrite, int8 or ())
+        card = {'base_hash': base_hash, 'drafter': spec, **card}
+        if decodes := task.decodes() if hasattr(task, 'decodes') else None:  # a model by itself, too
+            tree, card = {spec['params']: tree}, card | {'target': decodes}
+        zoo.save(name, tree, card, root, overwrite, int8 or ())
         return
     int8 = LARGE if int8 is None else int8
     task, tree, decodes, _ = models.of_run(folder, step)

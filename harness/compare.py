@@ -135,7 +135,7 @@ def make_benches(config: Any, models: dict[str, Subject], num_prompts: int) -> l
             subject = models[spec.get('model', '')]
             loaded, params = subject.loaded, dict(subject.params[dtype])
             given = {'cfg': loaded.config, 'stacked': False, 'cache_dtype': config.cache_dtypes[dtype]}
-            found = spec.get('artefact') and artefacts.find_target(
+            found = spec.get('artefact') and spec.drafter != 'artefact' and artefacts.find_target(
                 spec.artefact, loaded.base_hash, given['cache_dtype'], spec.target_kwargs)
             if found:
                 target = found[0]

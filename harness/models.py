@@ -4,6 +4,7 @@
     load('out/enwik8')        # a working directory: its newest sound checkpoint
     load('out/enwik8@1200')   # the checkpoint of that step
     load('stagformer_tiny')   # an artefact of the zoo that is a model
+    load('out/hybrid')        # the same, of any size, in a folder of its own
 
     target(loaded, 'bfloat16')   # what decodes it, and its parameters packed for that
 
@@ -13,6 +14,8 @@ an artefact repeats that (so the harness needs to know no method):
     Task.decodes() -> {'factory': makes the Target from `kwargs`, cache_dtype and packed, 'kwargs': {...},
                        'pack': packs the whole parameter tree from `kwargs`, params and dtype,
                        'params': names of the parts of the tree beside 'base'}
+
+Where the file holds less than the whole tree, the card's 'model' also has `restore`, a path of (tree, kwargs) -> tree.
 """
 
 from __future__ import annotations
@@ -53,7 +56,10 @@ def load(spec: str | Path, dtype: Any = np.float32, cache: bool = True) -> Loade
     if is_workdir(folder):
         return _from_workdir(folder, step, dtype)
     if not Path(spec).exists() and str(spec) in zoo.names():
-        return _from_zoo(str(spec), dtype)
+        return _from_zoo(str(spec), zoo.ROOT, dtype)
+    if (Path(spec) / zoo.CARD).is_file():
+        whole = Path(spec).resolve()
+        return _from_zoo(whole.name, whole.parent, dtype, limit=None)
     if step is not None:
         raise FormatError(f'{folder} is not the working directory of a training run: @{step} means nothing there')
     return formats.load(spec, dtype, cache)
@@ -164,22 +170,24 @@ def _from_workdir(folder: Path, step: int | None, dtype: Any) -> Loaded:
                    dtype)
 
 
-def _from_zoo(name: str, dtype: Any) -> Loaded:
-    card, where = zoo.read_card(name), str(zoo.ROOT / name / zoo.CARD)
+def _from_zoo(name: str, root: Path, dtype: Any, limit: int | None = zoo.MAX_BYTES) -> Loaded:
+    card, where = zoo.read_card(name, root), str(root / name / zoo.CARD)
     if 'target' in card:
         base = formats.load(card['base'], dtype)
-        tree, _ = zoo.load(name, base.base_hash)
+        tree, _ = zoo.load(name, base.base_hash, root, limit)
         extra = jax.tree.map(lambda a: a.astype(dtype, copy=False), tree)
         return dataclasses.replace(base, name=name, decodes=card['target'], extra=extra,
                                    base_hash=hash_of({'base': base.params, **tree}, card['target']))
     if 'model' not in card:
         raise FormatError(f'{name}: this artefact drafts for {card["base"]}, it is not a model')
-    tree, _ = zoo.load(name)
+    tree, _ = zoo.load(name, None, root, limit)
     with faults_of(where):
         cfg, decodes = ModelConfig.from_dict(card['model']['config']), card['model']['decodes']
-        tokens = None if card['model']['tokenizer'] == 'bytes' else zoo.ROOT / name / zoo.TOKENIZER
+        tokens = None if card['model']['tokenizer'] == 'bytes' else root / name / zoo.TOKENIZER
         for key in ('factory', 'kwargs', 'pack', 'params') if decodes is not None else ():
             decodes[key]  # KeyError names what the card lacks
+    if restore := card['model'].get('restore'):
+        tree = components.build(restore, decodes['kwargs'], {'tree': tree}, where)
     return _loaded(cfg, tree, decodes, tokens, name, where, dtype)
 
 

@@ -201,10 +201,11 @@ def _cut(text: str, until: Sequence[str]) -> str:
 def _token_logprobs(target: Target, params: Any, tokens: Array) -> tuple[Array, Array]:
     """tokens [B, S] -> log p(tokens[:, i + 1] | before) [B, S-1], and whether it is the argmax [B, S-1]."""
     batch, size = tokens.shape
-    cache = target.init_cache(batch, size, 0)
     gold = tokens[:, 1:]
-    if not isinstance(target, PlainTarget):
+    if not isinstance(target, PlainTarget):  # a recurrent one wants to know that the whole text is one block
+        cache = target.init_cache(batch, size, size)
         return _pick(target.forward(params, tokens, cache).logits[:, :-1], gold)
+    cache = target.init_cache(batch, size, 0)
     # The plain model's head runs over chunks of positions.
     output = target.forward(params, tokens, cache, taps=('hidden:last',), logits_at=jnp.zeros((batch,), jnp.int32))
     hidden = output.taps['hidden:last'][:, :-1].reshape(batch * (size - 1), -1)

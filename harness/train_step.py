@@ -175,6 +175,8 @@ def step_function(config: Any, task: Any, transform: optax.GradientTransformatio
     micro, decay = config.optimizer.accumulate, config.ema_decay
     dtype = jnp.dtype(config.compute_dtype)
 
+    by_step = getattr(task, 'by_step', False)
+
     def loss(params: dict, frozen: dict, batch: dict, rng: Array):
         # Cast first: under FSDP the shards then travel in the narrow type.
         found = task.loss(unflatten(narrow(params | frozen, dtype)), batch, rng)
@@ -182,6 +184,7 @@ def step_function(config: Any, task: Any, transform: optax.GradientTransformatio
 
     def gradients(state: TrainState, batch: dict, rng: Array):
         def of(part: dict, key: Array):
+            part = part | {'step': state.step} if by_step else part
             (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, state.frozen, part, key)
             return grads, metrics
 

@@ -53,8 +53,10 @@ def read_card(name: str, root: Path | None = None) -> dict[str, Any]:
     return card
 
 
-def load(name: str, base_hash: str | None = None, root: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+def load(name: str, base_hash: str | None = None, root: Path | None = None, limit: int | None = MAX_BYTES
+         ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(parameter tree of numpy arrays, card) of an artefact trained on the base with this `params_hash` (None: any).
+    limit: bytes it may have; None outside of the zoo.
 
     Errors: FormatError for an unknown name, another base (names both), a card that lacks a field, damaged or
     oversized weights.
@@ -63,7 +65,7 @@ def load(name: str, base_hash: str | None = None, root: Path | None = None) -> t
     if base_hash not in (None, card['base_hash']):
         raise FormatError(f'{name}: trained on {card["base"]} with parameters {card["base_hash"]}, '
                           f'the base given has {base_hash}')
-    _check_size(folder)
+    _check_size(folder, limit)
     params = _read_weights(folder / WEIGHTS)
     if params_hash(params) != card['params_hash']:
         raise FormatError(f'{folder / WEIGHTS}: hashes to {params_hash(params)}, the card says {card["params_hash"]}')
@@ -71,11 +73,12 @@ def load(name: str, base_hash: str | None = None, root: Path | None = None) -> t
 
 
 def save(name: str, params: Mapping[str, Any], card: Mapping[str, Any], root: Path | None = None,
-         overwrite: bool = False, int8: tuple[str, ...] = (), tokenizer: Path | None = None) -> None:
+         overwrite: bool = False, int8: tuple[str, ...] = (), tokenizer: Path | None = None,
+         limit: int | None = MAX_BYTES) -> None:
     """Writes an artefact; `params_hash`, of what `load` will give, is added to the card.
 
     int8: regexes of the matrices that are stored so. tokenizer: a folder that goes with it. Errors: FormatError when a
-    field is missing, it is over MAX_BYTES, it exists already, or the disk refuses.
+    field is missing, it is over the limit, it exists already, or the disk refuses.
     """
     leaves = quantise({path: np.ascontiguousarray(leaf) for path, leaf in flatten(params).items()}, int8)
     card = {**card, 'params_hash': params_hash(unflatten(dequantise(leaves)))}
@@ -88,7 +91,7 @@ def save(name: str, params: Mapping[str, Any], card: Mapping[str, Any], root: Pa
         save_file(leaves, folder / WEIGHTS)
         if tokenizer is not None:
             shutil.copytree(tokenizer, folder / TOKENIZER)
-        _check_size(folder, name)
+        _check_size(folder, limit, name)
 
 
 def quantise(leaves: Mapping[str, np.ndarray], patterns: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -130,7 +133,7 @@ def _check_card(card: Any, where: str) -> None:
         raise FormatError(f'{where}: {", ".join(wrong)}')
 
 
-def _check_size(folder: Path, name: str | None = None) -> None:
+def _check_size(folder: Path, limit: int | None, name: str | None = None) -> None:
     size = sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())
-    if size > MAX_BYTES:
-        raise FormatError(f'{name or folder.name}: {size} bytes, an artefact may have {MAX_BYTES}')
+    if limit is not None and size > limit:
+        raise FormatError(f'{name or folder.name}: {size} bytes, an artefact may have {limit}')

@@ -98,3 +98,21 @@ def test_moe_offload(tmp_path):
         assert row['hit_rate'] == {'resident': 1.0, 'on_demand': 0.0}.get(row['way'], row['hit_rate'])
     by_way = {(row['size'], row['way']): row['a_token'] for row in report['rows']}
     assert by_way[12, 'ahead_1.0']['demand'] < by_way[12, 'lru']['demand']
+
+
+def test_train_rad(tmp_path):
+    run('train_rad.py', '--variants=tiny/set,tiny/evenly/finetune', '--steps=12', '--batch=1', '--timed=1',
+        '--repeats=2', '--max_new_tokens=16', '--piece_bytes=60000', '--blocks=2', '--contexts=64', f'--out={tmp_path}')
+    report = json.loads((tmp_path / 'train_rad.json').read_text())
+    hybrid, control = report['runs']['tiny_set'], report['runs']['tiny_evenly_finetune']
+    assert hybrid['layers'] == json.loads((tmp_path / 'chosen.json').read_text())['2']['set']['attention']
+    assert len(report['searched']['2']) == 4 + 1 and hybrid['curve'][-1][1] < hybrid['curve'][0][1]
+    assert 0 < hybrid['held_out']['kl'] < 1 and 0 < hybrid['held_out']['overlap'] < 1
+    assert hybrid['trained'] > control['trained'] and control['held_out']['teacher_nll'] > 0
+    positions = hybrid['by_position']['0-64']
+    assert positions['tokens'] == 8 * 64 and abs(positions['hybrid'] - hybrid['held_out']['nll']) < 1e-3
+    assert all(0 <= drafts['greedy']['accepted'] <= 2 for drafts in hybrid['drafts'].values())
+    assert report['decoding']['tiny_set:rad_2']['same_text'] == report['decoding']['tiny_set:skip_2']['same_text'] == 1
+    step, = report['steps']
+    assert set(step['ms']) == {'plain', 'tiny_set'} and step['cache_bytes']['tiny_set'] < step['cache_bytes']['plain']
+    assert sum(a.size for name in hybrid['files'] for a in load_file(tmp_path / name).values()) == hybrid['trained']

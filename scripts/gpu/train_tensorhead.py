@@ -114,8 +114,8 @@ class Rows:
         return {k: v[index] for k, v in self.rows.items()}
 
 
-def train(config, step, state, rows: Rows, held_out: Rows, published: float) -> tuple[dict, dict]:
-    """(the drafter's parameters, what its training came to)."""
+def train(config, step, state, rows: Rows, held_out: Rows, published: float, part: str = '') -> tuple[dict, dict]:
+    """(the drafter's parameters, or that part of the tree, what its training came to)."""
     begin = time.perf_counter()
     state, metrics = step.step(state, place_batch(rows.batch(0), step.batch, 0))
     curve, seconds, compile_s = [(1, float(metrics['loss']))], [], time.perf_counter() - begin
@@ -128,7 +128,7 @@ def train(config, step, state, rows: Rows, held_out: Rows, published: float) -> 
         seconds.append((time.perf_counter() - at) / count)
     tokens, middle = config.data.batch_size * config.data.seq_len, statistics.median(seconds)
     params = step.tree(state)
-    return params[step.task.drafter()['params']], {
+    return params[part or step.task.drafter()['params']], {
         'parameters': sum(a.size for a in state.params.values()), 'steps': config.num_steps,
         'accumulate': config.optimizer.accumulate, 'first_step_s': compile_s, 'train_s': time.perf_counter() - begin,
         'step_ms': [1e3 * s for s in seconds], 'tokens_per_s': tokens / middle,

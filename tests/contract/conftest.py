@@ -9,6 +9,9 @@ from harness.baselines import Autoregressive, EarlyExit, Lookahead, PromptLookup
 from harness.decode import generate
 from m2r2.config import M2R2Config
 from m2r2.drafter import M2R2Drafter
+from m2r2.gates import GateConfig
+from rad import drafter as rad
+from rad.skip import SkipConfig, SkipDrafter
 from sparsity import drafter as sparsity
 from tensorhead.config import TensorHeadConfig
 from tensorhead.drafter import TensorHeadDrafter
@@ -25,7 +28,8 @@ def target(cfg):
 def params(params, drafters):
     made = {'tensorhead': drafters['tensorhead'].init_params(jax.random.key(2)),
             'm2r2': drafters['m2r2'].init_params(jax.random.key(3)),
-            'sparsity': drafters['sparsity'].init_params(jax.random.key(4))}
+            'sparsity': drafters['sparsity'].init_params(jax.random.key(4)),
+            'rad': drafters['rad'].init_params(jax.random.key(5))}
     return params | jax.tree.map(lambda a: a + 0.05 if a.ndim > 1 else a, made)
 
 
@@ -40,9 +44,11 @@ def drafters(cfg, small_cfg):
     thin = {'heads': 0.5, 'neurons': 0.5, 'block': 4, 'refresh': 2}
     sees = {'width_heads': 8, 'width_neurons': 8, 'block': 4}
     return {'prompt_lookup': PromptLookup(4), 'lookahead': Lookahead(5, 3), 'early_exit': EarlyExit(cfg, 2, 3),
-            'two_model': TwoModel(small_cfg, 3),
-            'm2r2': M2R2Drafter(cfg, M2R2Config.of(cfg, {'exits': (2,), 'rank': 4, 'qo_rank': 2, 'carry': 8}), 3),
+            'two_model': TwoModel(small_cfg, 3), 'skip': SkipDrafter(cfg, SkipConfig((1, 2), (3,)), 3),
+            'm2r2': M2R2Drafter(cfg, M2R2Config.of(cfg, {'exits': (2,), 'rank': 4, 'qo_rank': 2, 'carry': 8}), 3,
+                                doubt=50, gate=GateConfig('arla_tokens', 4)),
             'sparsity': sparsity.build(cfg, thin, predictor=sees, block=3),
+            'rad': rad.build(cfg, {'layers': (1, 3)}, block=3),
             'tensorhead': TensorHeadDrafter(TensorHeadConfig(cfg.hidden_size, cfg.vocab_size, 4, 3, inner_rank=8))}
 
 

@@ -12,7 +12,7 @@ from harness.decode import generate
 from tests.contract.conftest import NEW
 from tests.contract.drafters import Ragged, Scripted
 
-NAMES = ('prompt_lookup', 'lookahead', 'early_exit', 'two_model', 'm2r2', 'sparsity', 'tensorhead')
+NAMES = ('prompt_lookup', 'lookahead', 'early_exit', 'two_model', 'm2r2', 'sparsity', 'skip', 'rad', 'tensorhead')
 # For what the cache alone decides: a head never touches it.
 CACHED = (*NAMES[:-1], pytest.param(NAMES[-1], marks=pytest.mark.slow))
 

@@ -22,6 +22,9 @@ from harness.baselines import Autoregressive, EarlyExit, Lookahead, PromptLookup
 from harness.decode import generate
 from m2r2.config import M2R2Config
 from m2r2.drafter import M2R2Drafter
+from m2r2.gates import GateConfig
+from rad import drafter as rad
+from rad.skip import ExitRule, SkipConfig, SkipDrafter
 from sparsity import drafter as sparsity
 from tensorhead.config import TensorHeadConfig
 from tensorhead.drafter import TensorHeadDrafter
@@ -30,6 +33,7 @@ from tests.conftest import lively, tiny_config
 VOCAB, STEPS, ROWS = 5, 4, 20_000
 HEAD = TensorHeadConfig(16, VOCAB, horizon=4, rank=2, mode='full', draft_vocab=4, init_std=0.5)
 ACCELERATED = {'exits': (1,), 'rank': 4, 'carry': 8, 'draft_vocab': 4}
+GATED = {'block': 2, 'doubt': 50, 'gate': GateConfig('arla_tokens', 4)}  # some drafts stop early
 PROMPT = [1, 3, 1]
 SETTINGS = {'plain': Sampling(1.0), 'warped': Sampling(0.7, top_k=4, top_p=0.9)}
 
@@ -39,10 +43,11 @@ def model():
     cfg = tiny_config(vocab=VOCAB, hidden=16, layers=2, heads=2, kv_heads=1, max_seq_len=16)
     small = tiny_config(vocab=VOCAB, hidden=8, layers=1, heads=1, kv_heads=1, max_seq_len=16)
     head = TensorHeadDrafter(HEAD).init_params(jax.random.key(7))
-    fast = M2R2Drafter(cfg, M2R2Config.of(cfg, ACCELERATED)).init_params(jax.random.key(8))
+    fast = M2R2Drafter(cfg, M2R2Config.of(cfg, ACCELERATED), **GATED).init_params(jax.random.key(8))
     fast = jax.tree.map(lambda a: a + 0.1 if a.ndim > 1 else a, fast)
+    mixers = drafters(cfg, small)['rad'].init_params(jax.random.key(9))
     return cfg, small, {'base': jax.tree.map(lambda a: 2 * a, lively(cfg, 5)), 'draft': lively(small, 6),
-                        'tensorhead': head, 'm2r2': fast}
+                        'tensorhead': head, 'm2r2': fast, 'rad': mixers}
 
 
 @pytest.fixture(scope='module')
@@ -62,8 +67,10 @@ def exact_law(cfg, params, sampling) -> np.ndarray:
 
 def drafters(cfg, small):
     return {'none': Autoregressive(), 'prompt_lookup': PromptLookup(3), 'lookahead': Lookahead(3, 2),
-            'early_exit': EarlyExit(cfg, 1, 2), 'm2r2': M2R2Drafter(cfg, M2R2Config.of(cfg, ACCELERATED), 2, doubt=40),
+            'early_exit': EarlyExit(cfg, 1, 2), 'm2r2': M2R2Drafter(cfg, M2R2Config.of(cfg, ACCELERATED), **GATED),
             'sparsity': sparsity.build(cfg, {'heads': 1.0, 'neurons': 0.25, 'refresh': 2}, 'random', block=2),
+            'skip': SkipDrafter(cfg, SkipConfig((0,), (1,)), 3, ExitRule(0.5)),
+            'rad': rad.build(cfg, {'layers': (1,)}, block=3),
             'two_model': TwoModel(small, 3), 'tensorhead': TensorHeadDrafter(HEAD)}
 
 
@@ -97,7 +104,7 @@ def emitted_follow(model, drafter, sampling, exact, seed) -> bool:
 # A head's law is enumerated exactly in tests/tensorhead/test_lossless.py.
 @pytest.mark.parametrize('name, setting', [
     *itertools.product(('none', 'prompt_lookup', 'early_exit'), SETTINGS),
-    *itertools.product(('lookahead', 'two_model', 'm2r2', 'sparsity', 'tensorhead'), ('warped',)),
+    *itertools.product(('lookahead', 'two_model', 'm2r2', 'sparsity', 'skip', 'rad', 'tensorhead'), ('warped',)),
     *(pytest.param(name, 'plain', marks=pytest.mark.slow) for name in ('lookahead', 'two_model', 'tensorhead'))])
 def test_output_law_is_the_targets(model, follows, name, setting):
     assert follows(drafters(*model[:2])[name], SETTINGS[setting])
@@ -166,6 +173,21 @@ class Unwarped(EarlyExit):
 
 def test_a_draft_with_the_wrong_law_is_caught(model, follows):
     assert not follows(Unwarped(model[0], 1, 2), SETTINGS['warped'])
+
+
+@dataclasses.dataclass(frozen=True)
+class Peeks(M2R2Drafter):
+    """A gate that looks at the word drawn: the words it lets through do not have the law that they were drawn from."""
+
+    def draft(self, *args):
+        draft, cache, state = super().draft(*args)
+        let_through = jnp.cumprod(draft.tokens != PROMPT[0], axis=1).sum(axis=1)
+        return draft.replace(length=jnp.minimum(draft.length, let_through)), cache, state
+
+
+def test_a_gate_that_sees_the_word_is_caught(model, follows):
+    drafter = Peeks(model[0], M2R2Config.of(model[0], ACCELERATED), 2)
+    assert not follows(drafter, SETTINGS['warped'])
 
 
 def test_acceptance_is_one_minus_total_variation():
