@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 from backbone import cache as caches
 from backbone import model
 from backbone.config import ModelConfig
-from harness import decode, verdict
+from harness import decode, stepwise, verdict
 from harness.bandwidth import Meter
 from harness.bench import Bench
 from harness.prompts import Prompt
@@ -146,17 +145,9 @@ def _choices(target, params, prompt: Sequence[int], given: list[int], longest: i
     output = decode.run_prompt(target, (), params, request.tokens, cache, request.lengths)
     text = np.zeros((1, longest), np.int32)
     text[0, :len(given)] = given
-    rest = _forced(target, params, output.cache, request.lengths, text)
-    return np.concatenate([output.logits[0].argmax(-1), rest[:, 0]])[:len(given)]
-
-
-@functools.partial(jax.jit, static_argnames='target')
-def _forced(target, params, cache, lengths, text):
-    """Behind prompts of lengths [B], which the cache holds: the best token after each of text [B, M] -> [M - 1, B]."""
-    def step(cache, token):
-        output = target.forward(params, cache.pending[:, None], cache)
-        return caches.commit(output.cache, jnp.zeros_like(lengths), token), output.logits[:, -1].argmax(-1)
-    return jax.lax.scan(step, caches.commit(cache, lengths - 1, text[:, 0]), text.T[1:])[1]
+    cache = caches.commit(output.cache, request.lengths - 1, text[:, 0])
+    rest = stepwise.follow(target, params, cache, text[:, 1:])[2]
+    return np.concatenate([output.logits[0].argmax(-1), rest[0]])[:len(given)]
 
 
 class NearTies:

@@ -28,11 +28,26 @@ from harness.scoring import Row, Score, Scorer
 Array = jax.Array
 
 
+@functools.partial(jax.jit, static_argnames='target')
+def follow(target: Target, params: Any, cache: caches.Cache, given: Array) -> tuple[caches.Cache, Array, Array]:
+    """given [B, steps], behind what the cache holds and has pending -> (cache, log p of each [B, steps], what was
+    likeliest in its place [B, steps])."""
+    def step(cache, following):
+        output = target.forward(params, cache.pending[:, None], cache)
+        logits = output.logits[:, 0].astype(jnp.promote_types(output.logits.dtype, jnp.float32))
+        gold = jnp.take_along_axis(logits, following[:, None], axis=1)[:, 0]
+        said = gold - jax.nn.logsumexp(logits, axis=-1), logits.argmax(-1)
+        return caches.commit(output.cache, jnp.zeros_like(following), following), said
+
+    cache, (logprobs, choices) = jax.lax.scan(step, cache, given.T)
+    return cache, logprobs.T, choices.T
+
+
 @functools.partial(jax.jit, static_argnames=('target', 'prompt', 'steps'))
 def forced(target: Target, params: Any, tokens: Array, starts: Array, prompt: int, steps: int
            ) -> tuple[caches.Cache, Array, Array]:
-    """tokens [B, S], starts [B] in 1..prompt+1 -> (cache, log p of tokens[b, starts[b]:][:steps] [B, steps], whether
-    each was the likeliest [B, steps]).
+    """tokens [B, S], starts [B] in 1..prompt+1 -> (cache, log p of tokens[b, starts[b]:][:steps] [B, steps], what was
+    likeliest in the place of each [B, steps]).
 
     The first starts[b] - 1 tokens are the prompt, read in one pass `prompt` tokens wide; all others are single steps.
     What lies past the end of a row is padding, and what is said of it means nothing.
@@ -45,16 +60,7 @@ def forced(target: Target, params: Any, tokens: Array, starts: Array, prompt: in
     cache = target.forward(params, head, cache, logits_at=jnp.maximum(starts - 2, 0)).cache
     cache = caches.write_tokens(cache, tokens)
     first = jnp.take_along_axis(tokens, starts[:, None] - 1, axis=1)[:, 0]
-
-    def step(cache, following):
-        output = target.forward(params, cache.pending[:, None], cache)
-        logits = output.logits[:, 0].astype(jnp.promote_types(output.logits.dtype, jnp.float32))
-        gold = jnp.take_along_axis(logits, following[:, None], axis=1)[:, 0]
-        said = gold - jax.nn.logsumexp(logits, axis=-1), logits.argmax(-1) == following
-        return caches.commit(output.cache, jnp.zeros_like(following), following), said
-
-    cache, (logprobs, hits) = jax.lax.scan(step, caches.commit(cache, starts - 2, first), given.T)
-    return cache, logprobs.T, hits.T
+    return follow(target, params, caches.commit(cache, starts - 2, first), given)
 
 
 class StepScorer(Scorer):
@@ -85,10 +91,11 @@ class StepScorer(Scorer):
         starts = np.ones(self.batch_size, np.int32)
         for i, row in enumerate(rows):
             tokens[i, :len(row.tokens)], starts[i] = row.tokens, row.start
-        _, logprobs, hits = forced(self.target, self.params, tokens, starts, prompt, steps)
+        found = forced(self.target, self.params, tokens, starts, prompt, steps)
+        logprobs, choices = map(np.asarray, found[1:])
         for i, (n, row) in enumerate(zip(numbers, rows, strict=True)):
-            size = len(row.tokens) - row.start
-            scores[n] = Score(np.asarray(logprobs[i, :size]), bool(np.asarray(hits[i, :size]).all()))
+            said = np.array(row.tokens[row.start:])
+            scores[n] = Score(logprobs[i, :len(said)], bool((choices[i, :len(said)] == said).all()))
 
 
 def of(scorer: Scorer, target: Target, params: Any) -> StepScorer:

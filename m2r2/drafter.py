@@ -23,8 +23,10 @@ from backbone.draft_vocabulary import DraftedLaw
 from backbone.errors import ConfigError
 from backbone.model import cache_context, embed, run_layers
 from backbone.sampling import Sampling, choose, draw, fold_in, law
-from m2r2 import exits, streams
+from m2r2 import exits, gates, streams
 from m2r2.config import M2R2Config
+from m2r2.gates import GateConfig
+from m2r2.streams import Ending
 
 Array = jax.Array
 
@@ -33,15 +35,22 @@ Array = jax.Array
 class M2R2Drafter:
     """Drafts K = block tokens with params['m2r2'] from the first exit.
 
-    doubt: percent. Drafting stops before a token whose most likely word has less than this probability: the row's draft
-    is then that short, and once every row has stopped no more draft steps are run. 0: never.
-    State: {'e': [B, d]}, the last hidden state behind the last token kept; of use with a carry only.
+    doubt: percent. Drafting stops before a token of which the gate is less confident than this: the row's draft is then
+    that short, and once every row has stopped no more draft steps are run. 0: the gate is never asked.
+    gate: what is asked, of any kind of m2r2/gates.py. Those that read the exit's logits read the unwarped ones: what is
+    meant must not depend on the temperature. The others have parameters, params['m2r2']['gate'].
+    The gate sees the token that is run and the law of the next one, never the word that is drawn from it: a draft that
+    stops at some words and not at others would not have the law that it reports.
+    State: with a carry {'e': [B, d]}, the last hidden state behind the last token kept; with a gate over tokens
+    {'memory': ...}: it attends over those that drafting has run, not over the prompt, nor over a round's last token
+    where all drafts were kept.
     """
 
     cfg: ModelConfig
     m2r2: M2R2Config
     block: int = 4
-    doubt: int = 0
+    doubt: float = 0
+    gate: GateConfig = GateConfig('max_prob')
 
     def __post_init__(self):
         if self.block < 1 or not 0 <= self.doubt <= 100:
@@ -52,28 +61,48 @@ class M2R2Drafter:
     def needs(self) -> tuple[str, ...]:
         return ('hidden:last',) if self.m2r2.carry else ()
 
+    @property
+    def remembers(self) -> bool:
+        """Whether the gate keeps something of earlier tokens."""
+        return self.doubt > 0 and self.gate.kind == 'arla_tokens'
+
     def init_params(self, rng: Array) -> dict:
-        return streams.init_params(self.m2r2, self.cfg, rng)
+        gate = self._init_gate(rng)
+        return streams.init_params(self.m2r2, self.cfg, rng) | ({'gate': gate} if gate else {})
 
-    def init_state(self, batch: int, max_len: int) -> dict[str, Array]:
-        del max_len
-        return {'e': jnp.zeros((batch, self.m2r2.hidden_size))} if self.m2r2.carry else {}
+    def _init_gate(self, rng: Array) -> dict:
+        return gates.init_params(self.gate, self.m2r2, jax.random.fold_in(rng, 1))['exit_1']
 
-    def prefill(self, params: Any, state: dict[str, Array], output: Output, n: Array) -> dict[str, Array]:
+    def init_state(self, batch: int, max_len: int) -> dict[str, Any]:
+        state: dict[str, Any] = {'e': jnp.zeros((batch, self.m2r2.hidden_size))} if self.m2r2.carry else {}
+        if self.remembers:
+            state['memory'] = gates.init_memory(self.gate, self.m2r2, batch, max_len)
+        return state
+
+    def prefill(self, params: Any, state: dict[str, Any], output: Output, n: Array) -> dict[str, Any]:
         return self.commit(params, state, output, n)
 
-    def commit(self, params: Any, state: dict[str, Array], output: Output, n: Array) -> dict[str, Array]:
+    def commit(self, params: Any, state: dict[str, Any], output: Output, n: Array) -> dict[str, Any]:
+        """The gate's memory needs no roll-back: what it holds of a rejected token lies past `pos`."""
         if not self.m2r2.carry:
             return state
         new = jnp.take_along_axis(output.taps['hidden:last'], jnp.maximum(n, 0)[:, None, None], axis=1)[:, 0]
-        return {'e': jnp.where(n[:, None] >= 0, new.astype(state['e'].dtype), state['e'])}
+        return state | {'e': jnp.where(n[:, None] >= 0, new.astype(state['e'].dtype), state['e'])}
 
     def ready(self, mine: dict, base: dict, dtype: Any = jnp.float32) -> dict:
-        """params['m2r2'] as it decodes beside params['base'] (exits.pack)."""
+        """params['m2r2'] as it decodes beside params['base'] (exits.pack). Errors: ConfigError where the gate is asked
+        and has no parameters there, or those of another gate."""
+        wanted = jax.eval_shape(self._init_gate, jax.random.key(0))
+        shapes = lambda tree: jax.tree.map(lambda a: a.shape or (1,), tree)  # the zoo stores no scalars
+        if self.doubt and wanted and shapes(mine.get('gate', {})) != shapes(wanted):
+            has = 'those of another gate' if 'gate' in mine else 'no gate'
+            raise ConfigError(f'gate {self.gate.kind} of size {self.gate.size}: these accelerators have {has} (params '
+                              f"['m2r2']['gate']); scripts/m2r2_artefact.py adds a trained one, and "
+                              f'{", ".join(gates.HEAD)} need none')
         return exits.pack(self.m2r2, mine, base, dtype) if isinstance(base['layers'], tuple) else mine
 
-    def draft(self, params: Any, cache: Cache, state: dict[str, Array], rng: Array,
-              sampling: Sampling) -> tuple[Draft, Cache, dict[str, Array]]:
+    def draft(self, params: Any, cache: Cache, state: dict[str, Any], rng: Array,
+              sampling: Sampling) -> tuple[Draft, Cache, dict[str, Any]]:
         """The loop runs until K tokens are there or all rows doubt; then the last token's layers, for the bonus."""
         base, mine = params['base'], self.ready(params['m2r2'], params['base'], params['base']['embed']['tokens'].dtype)
         batch, size, k = cache.pos.shape[0], self.block, self.m2r2.exits[0]
@@ -82,7 +111,8 @@ class M2R2Drafter:
             'i': jnp.int32(0), 'layers': cache.layers, 'token': cache.pending, 'sure': jnp.ones(batch, bool),
             'before': state['e'].astype(hidden_dtype) if self.m2r2.carry else jnp.zeros((batch, 0), hidden_dtype),
             'tokens': jnp.zeros((batch, size), jnp.int32), 'length': jnp.zeros(batch, jnp.int32),
-            'hidden': jnp.zeros((batch, size + 1, self.cfg.hidden_size), hidden_dtype)}
+            'hidden': jnp.zeros((batch, size + 1, self.cfg.hidden_size), hidden_dtype),
+            'memory': state.get('memory', ())}
         if not sampling.greedy:
             wide = jnp.promote_types(base['embed']['tokens'].dtype, jnp.float32)
             start['probs'] = jnp.zeros((batch, size, self.m2r2.words), wide)
@@ -93,15 +123,18 @@ class M2R2Drafter:
             x = embed(self.cfg, base, s['token'][:, None], ctx.positions)
             carry = streams.read_carry(self.m2r2, mine, x, s['before'][:, None])
             end = streams.run_interval(self.cfg, self.m2r2, base, mine, 0, x, s['layers'], ctx,
-                                       start=streams.start(mine, x, carry))
+                                       start=streams.start(mine, x, carry),
+                                       path=self.doubt > 0 and self.gate.needs_path)
             last = streams.end(self.cfg, base, mine, end.fast, carry)
-            word, probs, sure = self.propose(exits.words(self.cfg, base, mine, last)[:, 0], fold_in(rng, i), sampling)
-            sure = s['sure'] & sure
+            logits = exits.words(self.cfg, base, mine, last)
+            sure, memory = self.is_sure(mine, end, logits, s['memory'], cache.pos + i)
+            sure &= s['sure']
+            word, probs = self.propose(logits[:, 0], fold_in(rng, i), sampling)
             token = mine['draft_ids'][word] if 'draft_ids' in mine else word
             new = {'i': i + 1, 'layers': end.state, 'token': token, 'sure': sure,
                    'before': last[:, 0] if self.m2r2.carry else s['before'],
                    'tokens': s['tokens'].at[:, i].set(token), 'length': s['length'] + sure,
-                   'hidden': s['hidden'].at[:, i].set(end.slow[:, 0])}
+                   'hidden': s['hidden'].at[:, i].set(end.slow[:, 0]), 'memory': memory}
             if probs is not None:
                 new['probs'] = s['probs'].at[:, i].set(probs)
             return new
@@ -122,22 +155,32 @@ class M2R2Drafter:
             words = s['tokens'] if 'draft_ids' not in mine else jnp.searchsorted(mine['draft_ids'], s['tokens'])
             gold = jnp.take_along_axis(s['probs'], words[..., None], axis=-1)[..., 0]
             drafted = DraftedLaw(s['probs'], gold, mine.get('draft_ids'), self.cfg.vocab_size)
+        if self.remembers:
+            state = state | {'memory': s['memory']}
         return Draft(s['tokens'], s['length'], drafted, Resume(hidden, k)), cache.replace(layers=layers), state
 
-    def propose(self, logits: Array, rng: Array, sampling: Sampling) -> tuple[Array, Array | None, Array]:
-        """logits [B, W] -> word [B], its law [B, W] (None when greedy), bool [B]: is the row sure enough of it?"""
-        sure = jnp.ones(logits.shape[0], bool)
-        if self.doubt:  # of the unwarped law: what is meant must not depend on the temperature
-            sure = jax.nn.softmax(logits, axis=-1).max(-1) >= self.doubt / 100
+    def is_sure(self, mine: dict, end: Ending, logits: Array, memory: Any, pos: Array) -> tuple[Array, Any]:
+        """(bool [B]: is the row sure enough of its next word? the gate's memory), from the token at slot pos [B]: both
+        its streams at the exit [B, 1, d] and the law's logits [B, 1, W]."""
+        if not self.doubt:
+            return jnp.ones(pos.shape, bool), memory
+        confidence, memory = gates.score(self.gate, self.m2r2, mine.get('gate', {}), 0, end, logits, memory, pos)
+        return confidence[:, 0] >= self.doubt / 100, memory
+
+    def propose(self, logits: Array, rng: Array, sampling: Sampling) -> tuple[Array, Array | None]:
+        """logits [B, W] -> word [B], its law [B, W] (None when greedy)."""
         if sampling.greedy:
-            return choose(logits, rng, sampling), None, sure
+            return choose(logits, rng, sampling), None
         probs = law(logits, sampling)
-        return draw(probs, rng), probs, sure
+        return draw(probs, rng), probs
 
 
-def build(cfg: ModelConfig, m2r2: Mapping[str, Any] | None = None, block: int = 4, doubt: int = 0) -> M2R2Drafter:
-    """From a config or an artefact's card: m2r2 holds the fields of M2R2Config. Errors: ConfigError."""
-    return M2R2Drafter(cfg, M2R2Config.of(cfg, m2r2 or {}), block, doubt)
+def build(cfg: ModelConfig, m2r2: Mapping[str, Any] | None = None, block: int = 4, doubt: float = 0,
+          gate: str | Mapping[str, Any] = 'max_prob') -> M2R2Drafter:
+    """From a config or an artefact's card: m2r2 holds the fields of M2R2Config, gate those of GateConfig, or is a kind
+    of it. Errors: ConfigError."""
+    gate = GateConfig(gate) if isinstance(gate, str) else GateConfig.of(gate)
+    return M2R2Drafter(cfg, M2R2Config.of(cfg, m2r2 or {}), block, doubt, gate)
 
 
 def untrained(cfg: ModelConfig, base: dict, dtype: Any) -> dict[str, Any]:

@@ -33,8 +33,8 @@ def words(cfg: ModelConfig, base: dict, mine: dict, hidden: Array) -> Array:
 
 def pack(m: M2R2Config, mine: dict, base: dict, dtype: Any = jnp.float32, native: bool | None = None) -> dict:
     """params['m2r2'] for decoding beside a base packed by backbone/layout.py: one tree a layer, the draft's words
-    gathered once ('unembed' [W, d]), matrices in `dtype`. native: as the base is packed; None: see for itself. One that
-    is packed stays as it is.
+    gathered once ('unembed' [W, d]), matrices in `dtype`; a drafter's gate as it is. native: as the base is packed;
+    None: see for itself. One that is packed stays as it is.
     """
     if isinstance(mine.get('layers', mine.get('exits')), tuple) or not mine:
         return mine
@@ -52,4 +52,6 @@ def pack(m: M2R2Config, mine: dict, base: dict, dtype: Any = jnp.float32, native
     if 'draft_ids' in mine:
         packed['draft_ids'] = jnp.asarray(mine['draft_ids'], jnp.int32)
         packed['unembed'] = narrow(unembedding(base, packed['draft_ids']))
+    if 'gate' in mine:
+        packed['gate'] = jax.tree.map(jnp.asarray, mine['gate'])
     return packed

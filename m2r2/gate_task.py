@@ -29,6 +29,7 @@ from backbone.presets import preset
 from m2r2 import exits, gates, streams
 from m2r2.config import M2R2Config
 from m2r2.gates import GateConfig
+from m2r2.task import shifted
 
 Array = jax.Array
 WEIGHTS, CARD = 'weights.safetensors', 'card.json'
@@ -65,8 +66,6 @@ class GateTask:
                               f'{", ".join(map(repr, ATTENTION))}')
         if self.gate.needs_head:
             raise ConfigError(f'gate.kind {self.gate.kind} has nothing to train')
-        if self.m2r2.carry:
-            raise ConfigError('m2r2.carry is for drafting: gates need accelerators without one')
 
     @property
     def target(self) -> PlainTarget:
@@ -122,7 +121,7 @@ class GateTask:
     def read(self, params: dict, batch: Mapping[str, Array]) -> list[tuple[Array, Array]]:
         """(logit of the gate's confidence, whether the exit's first choice is the whole model's) [B, S] each, by exit.
 
-        Gradients go into the gates alone.
+        Gradients go into the gates alone. A carry is of the whole model's last state, as at the first token of a draft.
         """
         stop = jax.lax.stop_gradient
         base, mine, m = stop(params['base']), stop(params.get('m2r2', {})), self.m2r2
@@ -133,10 +132,12 @@ class GateTask:
         word = self.choices(lambda h: unembed(self.cfg, base, h), last.astype(slow.dtype))
         found = []
         for j in range(len(m.exits)):
+            carry = streams.read_carry(m, mine, slow, shifted(last, batch['segments']))
             end = streams.run_interval(self.cfg, m, base, mine, j, slow, None, ctx, together=False,
-                                       path=self.gate.needs_path)
+                                       start=streams.start(mine, slow, carry), path=self.gate.needs_path)
             slow = end.slow
-            mine_says = self.choices(lambda p: exits.logits(self.cfg, base, mine, p), end.fast)
+            mine_says = self.choices(lambda hidden: exits.words(self.cfg, base, mine, hidden),
+                                     streams.end(self.cfg, base, mine, end.fast, carry))
             if 'draft_ids' in mine:
                 mine_says = mine['draft_ids'][mine_says]
             logit, _ = gates.evidence(self.gate, m, params['m2r2_gates'][f'exit_{j + 1}'], j, end, mask=ctx.mask)
@@ -166,10 +167,11 @@ def ranked(scores: Array, agrees: Array, weights: Array) -> Array:
 
 
 def read_accelerators(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(params['m2r2'] of numpy arrays, card or {}) of a folder of the zoo, or a safetensors file. Errors: FormatError
-    where it cannot be read."""
+    """(params['m2r2'] of numpy arrays, without a gate; card or {}) of a folder of the zoo, or a safetensors file.
+    Errors: FormatError where it cannot be read."""
     tree, card = read_artefact(name)
-    return (tree['m2r2'] if 'early_exit' in card else tree), card
+    mine = tree['m2r2'] if 'early_exit' in card else tree
+    return {part: leaves for part, leaves in mine.items() if part != 'gate'}, card
 
 
 def read_artefact(name: str) -> tuple[dict[str, Any], dict[str, Any]]:

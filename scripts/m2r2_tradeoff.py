@@ -16,7 +16,8 @@ EarlyExitTarget). Held-out rows come from the data of --config. Their first --ca
     agreement    share of the plain model's own greedy tokens that are chosen, given the same tokens before
     divergence   first token at which free generation leaves the plain one's (--steps: none), mean over prompts
     layers       mean exit layer; equivalent: with fast stream, tests and unused unembeddings, in layers of the base
-    ms           a token of free generation at batch 1, interleaved with plain decoding: median and quartiles
+    ms           a token of free generation at batch 1, interleaved with plain decoding: median and quartiles of
+                 --repeats prompts; 0: nothing is generated freely, no divergence and no times (a machine in use)
 
 rows.jsonl has one line a point and is continued where it stops; statistics.json has speeds, alignment, calibration;
 table.md and tradeoff.png are made of them at the end.
@@ -26,9 +27,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from backbone import layout
-from backbone.cache import commit
 from backbone.config import ModelConfig
 from backbone.errors import RequestError
 from backbone.model import PlainTarget, init_params
-from harness import decode, models
+from harness import decode, models, stepwise
 from harness.baselines import Autoregressive
 from m2r2 import alignment, calibrate, exits, gate_task, gates, streams
 from m2r2.config import M2R2Config
@@ -196,23 +196,11 @@ def summary(method: Method, seen: dict[str, np.ndarray], targets: list[float]) -
 # --- a point ----------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=('target', 'prompt'))
-def forced(target: Any, params: dict, tokens: jax.Array, prompt: int) -> tuple[Any, jax.Array, jax.Array]:
-    """Tokens [B, S], one at a time after the first `prompt`: (cache, nats of each next token, choices [B, steps])."""
-    batch, size = tokens.shape
-    lengths = jnp.full((batch,), prompt)
-    cache = target.init_cache(batch, size, 0)
-    output = target.forward(params, tokens[:, :prompt], cache, logits_at=lengths - 1)
-
-    def step(cache, following):
-        output = target.forward(params, cache.pending[:, None], cache)
-        logp = jax.nn.log_softmax(output.logits[:, 0])
-        nll = -jnp.take_along_axis(logp, following[:, None], axis=1)[:, 0]
-        return commit(output.cache, jnp.zeros_like(following), following), (nll, logp.argmax(-1))
-
-    cache, (nll, choice) = jax.lax.scan(step, commit(output.cache, lengths - 1, tokens[:, prompt]),
-                                        tokens[:, prompt + 1:].T)
-    return cache, nll.T, choice.T
+def forced(target: Any, params: dict, tokens: np.ndarray, prompt: int) -> tuple[Any, float, np.ndarray]:
+    """Rows [B, S], one token at a time after the first `prompt`: (cache, perplexity, choices [B, S - prompt - 1])."""
+    starts, steps = np.full(len(tokens), prompt + 1), tokens.shape[1] - prompt - 1
+    cache, logprobs, choices = stepwise.forced(target, params, tokens, starts, prompt, steps)
+    return cache, float(np.exp(-np.mean(logprobs))), np.asarray(choices)
 
 
 def generate(work: Work, target: Any, params: dict, row: int) -> tuple[list[int], float]:
@@ -231,13 +219,13 @@ def measure(work: Work, point: Point) -> dict[str, Any]:
               'm2r2_gates': jax.tree.map(jnp.asarray, method.gates.get(point.gate, {}))}
     if point.thresholds is not None:
         params['thresholds'] = jnp.asarray(point.thresholds)
-    cache, nll, choice = forced(target, params, work.text, work.prompt)
+    cache, perplexity, choices = forced(target, params, work.text, work.prompt)
     seen = target.statistics(cache)
     cache, _, own = forced(target, params, work.greedy, work.prompt)
     seen_own = target.statistics(cache)
     plain_target = PlainTarget(work.cfg, work.dtype, stacked=False)
     times, plain_times, diverged = [], [], []
-    for i in range(-1, work.repeats):  # the first compiles
+    for i in range(-1, work.repeats) if work.repeats else ():  # the first compiles
         row = max(i, 0) % len(work.text)
         plain, plain_ms = generate(work, plain_target, {'base': work.base}, row)
         tokens, ms = generate(work, target, params, row)
@@ -245,14 +233,14 @@ def measure(work: Work, point: Point) -> dict[str, Any]:
             times, plain_times = [*times, ms], [*plain_times, plain_ms]
             diverged.append(next((t for t, pair in enumerate(zip(tokens, plain, strict=True)) if len(set(pair)) > 1),
                                  work.steps))
-    quartiles = lambda found: [float(q) for q in np.quantile(found, (0.5, 0.25, 0.75))]
+    quartiles = lambda found: [float(q) for q in np.quantile(found, (0.5, 0.25, 0.75))] if found else None
     return {'key': point.key, 'method': method.name, 'stream': method.m.stream,
             'gate': point.gate.kind if point.gate else 'schedule', 'kv_fill': point.kv_fill,
             'thresholds': point.thresholds, 'schedule': point.schedule,
-            'perplexity': float(np.exp(np.mean(nll))), 'plain_perplexity': work.plain['perplexity'],
-            'text_agreement': float(np.mean(np.asarray(choice) == work.plain['choice'])),
-            'agreement': float(np.mean(np.asarray(own) == work.greedy[:, work.prompt + 1:])),
-            'divergence': float(np.mean(diverged)), 'layers': seen['mean_exit_layer'],
+            'perplexity': perplexity, 'plain_perplexity': work.plain['perplexity'],
+            'text_agreement': float(np.mean(choices == work.plain['choices'])),
+            'agreement': float(np.mean(own == work.greedy[:, work.prompt + 1:])),
+            'divergence': float(np.mean(diverged)) if diverged else None, 'layers': seen['mean_exit_layer'],
             'equivalent_layers': seen['equivalent_layers'], 'generation_layers': seen_own['mean_exit_layer'],
             'exits': seen['exits'], 'ms': quartiles(times), 'plain_ms': quartiles(plain_times)}
 
@@ -260,12 +248,12 @@ def measure(work: Work, point: Point) -> dict[str, Any]:
 def prepare(cfg: ModelConfig, base: dict, dtype: str, prompt: int, steps: int, repeats: int, text: np.ndarray) -> Work:
     """base: packed. text [rows, prompt + steps + 1]."""
     target = PlainTarget(cfg, dtype, stacked=False)
-    _, nll, choice = forced(target, {'base': base}, text, prompt)
+    _, perplexity, choices = forced(target, {'base': base}, text, prompt)
     found = decode.generate(target, Autoregressive(), {'base': base}, text[:, :prompt].tolist(),
                             max_new_tokens=steps + 1)
     greedy = np.concatenate([text[:, :prompt], np.array(found.tokens, np.int32)], axis=1)
     return Work(cfg, base, dtype, prompt, steps, repeats, text, greedy,
-                {'perplexity': float(np.exp(np.mean(nll))), 'choice': np.asarray(choice)})
+                {'perplexity': perplexity, 'choices': choices})
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
@@ -280,12 +268,22 @@ def table(rows: list[dict], num_layers: int) -> str:
         if row['thresholds']:
             setting += ': ' + ', '.join(f'{t:.3g}' for t in row['thresholds'])
         ms, plain = row['ms'], row['plain_ms']
+        diverges, timed = '-', '- | - | -'
+        if ms:
+            diverges = f'{row["divergence"]:.1f}'
+            timed = f'{ms[0]:.2f} ({ms[1]:.2f}-{ms[2]:.2f}) | {plain[0]:.2f} | {plain[0] / ms[0]:.2f}'
         lines.append(f'| {row["method"]} | {row["gate"]} | {row["kv_fill"]} | {setting} | {row["perplexity"]:.3f} | '
-                     f'{row["text_agreement"]:.3f} | {row["agreement"]:.3f} | {row["divergence"]:.1f} | '
-                     f'{row["layers"]:.2f} | {row["equivalent_layers"]:.2f} | '
-                     f'{ms[0]:.2f} ({ms[1]:.2f}-{ms[2]:.2f}) | {plain[0]:.2f} | '
-                     f'{plain[0] / ms[0]:.2f} |')
+                     f'{row["text_agreement"]:.3f} | {row["agreement"]:.3f} | {diverges} | '
+                     f'{row["layers"]:.2f} | {row["equivalent_layers"]:.2f} | {timed} |')
     return '\n'.join(lines) + '\n'
+
+
+def axes_of(timed: bool) -> list[tuple[Callable[[dict], float], str, str]]:
+    """(x, name of y, label of x) of each panel."""
+    panels = [(lambda row: row['layers'], 'perplexity', 'mean exit layer'),
+              (lambda row: row['equivalent_layers'], 'agreement', 'equivalent layers'),
+              (lambda row: row['ms'][0] / row['plain_ms'][0], 'agreement', 'time a token, plain = 1')]
+    return panels if timed else panels[:2]
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -293,17 +291,16 @@ def plot(rows: list[dict], path: Path) -> None:
     matplotlib.use('Agg')
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(17, 5))
+    timed = rows[0]['ms'] is not None
+    figure, axes = pyplot.subplots(1, 2 + timed, figsize=(17 if timed else 12, 5))
     for name in dict.fromkeys(row['key'].rsplit('/', 1)[0] for row in rows):
         mine = [row for row in rows if row['key'].rsplit('/', 1)[0] == name]
-        for axis, x, y in ((axes[0], lambda r: r['layers'], 'perplexity'),
-                           (axes[1], lambda r: r['equivalent_layers'], 'agreement'),
-                           (axes[2], lambda r: r['ms'][0] / r['plain_ms'][0], 'agreement')):
+        for axis, (x, y, _) in zip(axes, axes_of(timed), strict=True):
             ordered = sorted(mine, key=x)
             axis.plot([x(r) for r in ordered], [r[y] for r in ordered], marker='o', markersize=3, label=name,
                       linestyle='--' if 'schedule' in name else '-')
             axis.set_ylabel(y)
-    for axis, label in zip(axes, ('mean exit layer', 'equivalent layers', 'time a token, plain = 1'), strict=True):
+    for axis, (_, _, label) in zip(axes, axes_of(timed), strict=True):
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].axhline(rows[0]['plain_perplexity'], color='black', linewidth=0.8)
@@ -369,8 +366,7 @@ def main(args: argparse.Namespace) -> list[dict]:
         if point.key not in done:
             found.append(append(out / 'rows.jsonl', measure(work, point)))
             print(f'{point.key}: perplexity {found[-1]["perplexity"]:.3f}, agreement {found[-1]["agreement"]:.3f}, '
-                  f'layers {found[-1]["layers"]:.2f}, {found[-1]["ms"][0]:.2f} ms (plain '
-                  f'{found[-1]["plain_ms"][0]:.2f})', flush=True)
+                  f'layers {found[-1]["layers"]:.2f}, ms {found[-1]["ms"]} (plain {found[-1]["plain_ms"]})', flush=True)
     write(out / 'table.md', table(found, cfg.num_layers))
     plot(found, out / 'tradeoff.png')
     return found

@@ -17,9 +17,10 @@ are measured. `share` is what is KEPT. Heads alone ('heads'), neurons alone ('ne
     cats, teal   thresholds on values                          losses; oracle_l2: the true size, no loss
     dense        everything kept
 
-Each at every --shares ('share'), and once more at the largest share whose bytes a token are no more than a choice that
-costs nothing would read at that share ('bytes'). Bytes are those of one step at the middle of the decoded part: layers,
-head, keys and values, and what chooses. Differences to dense are paired by window; standard errors are over windows.
+Each at every --shares ('share'), and where choosing costs bytes once more at the largest share at which a token reads
+no more than a choice that is free at that one ('bytes'). The ways are in scripts/sparsity_ways.py. Bytes are those of
+one step at the middle of the decoded part: layers, head, keys and values, and what chooses. Differences to dense are
+paired by window; standard errors are over windows.
 --tasks adds questions (harness/evaluate.py) under the same protocol. rows.jsonl has one line a point and is continued
 where it stops; statistics.json, table.md and sparsity.png are made of it.
 """
@@ -44,55 +45,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from backbone.config import ModelConfig
 from backbone.errors import RequestError
 from backbone.formats.tensors import Loaded
-from backbone.model import PlainTarget
 from harness import evaluate, models, stepwise
 from harness.scoring import Scorer
+from scripts.sparsity_ways import BY_VALUE, FREE, PLAIN, Trained, Way, Work, bytes_of, make, recorded, share_at
 from scripts.sweep import append, held_out, read_rows, settings_of, write
-from sparsity import account, criteria, predictor, relufy, selectors, spans, thresholds
-from sparsity.config import PARTS, SparsityConfig
+from sparsity import predictor, relufy
 from sparsity.predictor import PredictorConfig
 from sparsity.target import SparseTarget
 
-PLAIN = ('static', 'griffin', 'random', 'oracle', 'oracle_l2', 'cats', 'teal')
-RECORDED = {'oracle': 'plainact', 'oracle_l2': 'l2norm'}
-UNTRAINED = {'static': selectors.Static, 'griffin': selectors.Griffin, 'random': selectors.Random}
-BY_VALUE = {'cats': (thresholds.Cats(), ('up', 'down')), 'teal': (thresholds.Teal(), account.MATRICES)}
-EVERY = {'per_layer': 'context', 'dejavu': 'residual'}  # kinds of predictor that read every layer, and what
 SHARES = (0.5, 0.3, 0.1)  # and 1.0, which is the dense model whoever chooses
-GRID = tuple(i / 128 for i in range(1, 129))  # shares to look among for equal bytes
+ASKED = ('methods', 'parts', 'shares', 'by', 'tasks')  # which points: a later run may ask for more
 PART_NAMES = ('heads', 'neurons', 'both')
-
-
-@dataclasses.dataclass
-class Trained:
-    """A predictor that a run trained. p: its shape; params: params['sparsity'], numpy arrays."""
-
-    p: PredictorConfig
-    params: dict
-
-
-@dataclasses.dataclass
-class Work:
-    """What all points share. base: stacked. text [rows, prompt + steps + 1], calibration [n, S]: tokens."""
-
-    cfg: ModelConfig
-    base: dict
-    text: np.ndarray
-    calibration: np.ndarray
-    prompt: int
-    settings: dict[str, Any]  # of SparsityConfig: refresh, dense_first, ...
-    unit: tuple[str, int]  # head_unit and block where no predictor says them
-    trained: dict[str, Trained]
-    batch: int
-    seen: dict[Any, Any] = dataclasses.field(default_factory=dict)  # what was recorded, by what it is
-
-    @property
-    def starts(self) -> int:
-        return self.prompt + 1
-
-    @property
-    def steps(self) -> int:
-        return self.text.shape[1] - self.starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,123 +73,6 @@ class Point:
         return f'{self.method}/{self.part}/{self.by}{self.share:g}' + f'/{self.task}' * bool(self.task)
 
 
-# --- what was recorded from the dense model ---------------------------------------------------------------------------
-
-
-def as_batch(tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows of whole text [B, S + 1] as docs/data.md has batches."""
-    shape = (len(tokens), tokens.shape[1] - 1)
-    return {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:], 'weights': np.ones(shape, np.float32),
-            'segments': np.ones(shape, np.int32),
-            'positions': np.tile(np.arange(shape[1], dtype=np.int32), (len(tokens), 1))}
-
-
-@functools.partial(jax.jit, static_argnames=('cfg', 'criterion', 'unit'))
-def by_token(cfg: ModelConfig, base: dict, batch: dict, criterion: str, unit: tuple[str, int]) -> dict[str, jax.Array]:
-    """{'heads': [B, S, L, H'], 'neurons': [B, S, L, NB]}: every token's own score."""
-    return criteria.units(cfg, criteria.score(cfg, base, batch, spans.windows(batch, 1), criterion), *unit)
-
-
-@functools.partial(jax.jit, static_argnames=('cfg', 'p'))
-def by_layers(cfg: ModelConfig, p: PredictorConfig, base: dict, mine: dict, batch: dict) -> dict[str, jax.Array]:
-    """The same, foretold from what every layer of the dense model has."""
-    seen = criteria.score(cfg, base, batch, spans.windows(batch, 1), 'l2norm')
-    return predictor.predict(cfg, p, mine, getattr(seen, EVERY[p.kind]))
-
-
-def recorded(work: Work, name: str, unit: tuple[str, int]) -> dict[str, np.ndarray]:
-    """Of the measured text, by slot. A true score answers for the tokens until the next refresh, so those are added."""
-    key = (name, unit)
-    if key not in work.seen:
-        of = (functools.partial(by_layers, work.cfg, work.trained[name].p, work.base, work.trained[name].params)
-              if name in work.trained else lambda batch: by_token(work.cfg, work.base, batch, RECORDED[name], unit))
-        rows = [jax.device_get(of(as_batch(row[None]))) for row in work.text]
-        found = {part: np.concatenate([row[part] for row in rows]) for part in PARTS}
-        if name in RECORDED:
-            found = {part: window_sums(a, work.settings.get('refresh', 1)) for part, a in found.items()}
-        work.seen[key] = found
-    return work.seen[key]
-
-
-def window_sums(a: np.ndarray, size: int) -> np.ndarray:
-    """a [B, S, ...] -> sums over s..s + size - 1 of axis 1."""
-    padded = np.concatenate([a, np.zeros((a.shape[0], size - 1, *a.shape[2:]), a.dtype)], axis=1)
-    return sum(padded[:, i:i + a.shape[1]] for i in range(size))
-
-
-def mean_scores(work: Work, unit: tuple[str, int]) -> dict[str, np.ndarray]:
-    """{'heads': [L, H'], 'neurons': [L, NB]} of the calibration."""
-    if ('mean', unit) not in work.seen:
-        rows = [jax.device_get(by_token(work.cfg, work.base, as_batch(row[None]), 'plainact', unit))
-                for row in work.calibration]
-        work.seen['mean', unit] = {part: np.mean([row[part].mean((0, 1)) for row in rows], 0) for part in PARTS}
-    return work.seen['mean', unit]
-
-
-# --- ways to choose ---------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Way:
-    """A method at a share. params: without what was recorded. record: its name and unit, where there is one."""
-
-    target: Any
-    params: dict
-    record: tuple[str, tuple[str, int]] | None = None
-
-
-def make(work: Work, method: str, part: str, share: float) -> Way:
-    cfg, params, mine = work.cfg, {'base': work.base}, work.trained.get(method)
-    if method == 'dense':
-        return Way(PlainTarget(cfg), params)
-    s = sparsity_of(work, method, part, share)
-    unit = s.head_unit, s.block
-    if method in BY_VALUE:
-        params['sparsity'] = thresholds_of(work, method, share)
-        return Way(SparseTarget(cfg, s, BY_VALUE[method][0]), params)
-    if method in RECORDED or (mine and mine.p.kind in EVERY):
-        return Way(SparseTarget(cfg, s, selectors.Oracle(cfg, s)), params, (method, unit))
-    if mine:
-        params['sparsity'] = mine.params
-        return Way(SparseTarget(cfg, s, selectors.Predictor(cfg, s, mine.p)), params)
-    if method == 'static':
-        params['sparsity'] = {'mean': mean_scores(work, unit)}
-    return Way(SparseTarget(cfg, s, UNTRAINED[method](cfg, s)), params)
-
-
-def sparsity_of(work: Work, method: str, part: str, share: float) -> SparsityConfig:
-    """A predictor says its own units. Thresholds keep what they keep."""
-    if method in BY_VALUE:
-        return SparsityConfig(**work.settings)
-    mine = work.trained.get(method)
-    unit = (mine.p.head_unit, mine.p.block) if mine else work.unit
-    keep = {name: share if part in (name, 'both') else 1.0 for name in PARTS}
-    return SparsityConfig(**keep, head_unit=unit[0], block=unit[1], **work.settings)
-
-
-def bytes_of(work: Work, method: str, part: str, share: float) -> float:
-    """A token's, of one row in the middle of the decoded part, as they are expected (sparsity/account.py)."""
-    cfg, s, mine = work.cfg, sparsity_of(work, method, part, share), work.trained.get(method)
-    heads, neurons = (np.array(s.counts_of(cfg, part)) / s.sizes(cfg)[part] for part in PARTS)
-    needed = {'q': heads, 'o': heads, 'gate': neurons, 'up': neurons, 'down': neurons}
-    groups = heads if s.head_unit == 'kv_group' else np.ones(cfg.num_layers)
-    if method in BY_VALUE:
-        sparse = np.array([l in s.sparse_layers(cfg) for l in range(cfg.num_layers)])
-        needed, groups = {name: np.where(sparse, share, 1.0) for name in BY_VALUE[method][1]}, np.ones(cfg.num_layers)
-    middle = np.array([work.prompt + (work.steps - 1) / 2])
-    asked = selectors.Predictor(cfg, s, mine.p).size({'sparsity': mine.params}) if mine else 0
-    reads = account.add(account.nothing(cfg), needed, groups, middle, np.array(1), asked)
-    found = account.statistics(cfg, reads)
-    return found['bytes'] - found['selector'] * (1 - 1 / s.refresh)
-
-
-def thresholds_of(work: Work, method: str, share: float) -> dict[str, Any]:
-    key = method, share
-    if key not in work.seen:
-        work.seen[key] = thresholds.calibrate(work.cfg, work.base, work.calibration, BY_VALUE[method][0], share)
-    return work.seen[key]
-
-
 # --- a point ----------------------------------------------------------------------------------------------------------
 
 
@@ -239,7 +85,7 @@ def points_of(methods: Sequence[str], parts: Sequence[str], shares: Sequence[flo
             if not takes(method, part):
                 continue
             found += [Point(method, part, share, how) for share in shares if share < 1 for how in by
-                      if how == 'share' or method != 'static']  # static costs nothing to choose
+                      if how == 'share' or method not in FREE]
     asked = [point for point in found if point.by == 'share']
     return found + [dataclasses.replace(point, task=task) for point in asked for task in tasks]
 
@@ -252,7 +98,9 @@ def takes(method: str, part: str) -> bool:
 def measure(work: Work, point: Point, dense_nll: np.ndarray | None, scorer: Scorer | None, limit: int | None
             ) -> dict[str, Any] | None:
     """One line of rows.jsonl, None for a point that cannot be: bytes too few, or a task a recorded score knows not."""
-    share = point.share if point.by == 'share' else share_at(work, point)
+    share = point.share
+    if point.by == 'bytes':
+        share = share_at(work, point.method, point.part, bytes_of(work, 'random', point.part, point.share))
     way = None if share is None else make(work, point.method, point.part, share)
     if way is None or (point.task and way.record):
         return None
@@ -302,14 +150,6 @@ def rows_apart(target: Any, params: dict, record: dict | None, tokens: jax.Array
 
 def stderr(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float('nan')
-
-
-def share_at(work: Work, point: Point) -> float | None:
-    """The largest share kept with which the method reads no more than a choice that costs nothing at the point's; None
-    where no share is small enough."""
-    budget = bytes_of(work, 'random', point.part, point.share)
-    fits = [share for share in GRID if bytes_of(work, point.method, point.part, share) <= budget]
-    return max(fits, default=None)
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
@@ -414,12 +254,13 @@ def work_of(args: argparse.Namespace, cfg: ModelConfig, base: dict, rows: np.nda
     settings = {'refresh': args.refresh, 'dense_first': 1, 'dense_last': args.dense_last, 'ranking': args.ranking}
     return Work(cfg, jax.device_put(jax.tree.map(jnp.asarray, base)), rows[args.calibrate:, :size],
                 rows[:args.calibrate], args.prompt, settings, (args.head_unit, args.block), trained,
-                min(args.batch, args.rows))
+                min(args.batch, args.rows), args.allocate)
 
 
 def main(args: argparse.Namespace) -> list[dict]:
     """Errors: RequestError, also where --out belongs to other settings."""
-    out, settings = Path(args.out), settings_of(args)
+    out = Path(args.out)
+    settings = settings_of(argparse.Namespace(**{k: v for k, v in vars(args).items() if k not in ASKED}))
     work, loaded = tiny(args) if args.tiny else real(args)
     write(out / 'settings.json', json.dumps(settings, indent=1) + '\n')
     zeros = relufy.natural_sparsity(work.cfg, work.base, work.calibration)
@@ -461,6 +302,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--block', type=int, default=1, help='neurons a block, without a predictor')
     parser.add_argument('--refresh', type=int, default=1, help='tokens that a mask is used for')
     parser.add_argument('--ranking', default='local', choices=('local', 'global', 'hybrid'))
+    parser.add_argument('--allocate', action='store_true', help='units by layer as ranking all layers keeps them')
     parser.add_argument('--dense_last', type=int, default=0)
     parser.add_argument('--calibrate', type=int, default=16, help='rows')
     parser.add_argument('--rows', type=int, default=32)
@@ -470,6 +312,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--tasks', nargs='*', default=[], help='of headway-evaluate, multiple choice')
     parser.add_argument('--limit', type=int, default=100, help='questions')
     args = parser.parse_args(argv)
+    if args.allocate and (args.ranking != 'local' or 'bytes' in args.by):
+        parser.error('--allocate: with --ranking=local and --by share')
     if args.tiny:
         args.calibrate, args.rows, args.batch, args.prompt, args.steps, args.block = 2, 3, 2, 8, 12, 4
     return args

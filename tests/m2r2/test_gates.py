@@ -19,6 +19,7 @@ from m2r2.calibrate import auc
 from m2r2.config import M2R2Config
 from m2r2.gates import GateConfig
 from m2r2.streams import Ending
+from m2r2.task import AcceleratorTask
 
 SHAPE = training.llama(vocab=257, hidden=32, layers=3, heads=2, kv_heads=1, intermediate=48, max_seq_len=64)
 CFG = ModelConfig.from_dict(SHAPE)
@@ -224,6 +225,26 @@ def test_labels_from_kept_states_and_in_pieces_are_those_of_the_whole_pass(param
         jax.eval_shape(lambda: dataclasses.replace(cached, label_chunk=5).read(tree, kept))
 
 
+def test_with_a_carry_the_labels_are_what_its_own_training_counts():
+    """Gates of a drafter: its exit reads the token before, here as where the accelerators are trained."""
+    m, batch = M2R2Config.of(CFG, {'exits': (1,), 'rank': 4, 'carry': 6}), batch_of(4, 3)
+    task = gate_task.GateTask(CFG, m, GateConfig('mlp', 8))
+    tree = jax.tree.map(jnp.asarray, filled(task.init, gain=1.5))
+    carry = jax.tree.map(lambda a: 0.3 * a, tree['m2r2']['carry']) | {'gain': jnp.ones(m.hidden_size)}
+
+    @jax.jit
+    def rates(tree, carry):
+        tree = tree | {'m2r2': jax.tree.map(lambda a: 0.3 * a, tree['m2r2']) | {'carry': carry}}
+        (_, agrees), = task.read(tree, batch)
+        weights = batch['weights']
+        return (agrees * weights).sum() / weights.sum(), AcceleratorTask(CFG, m).loss(tree, batch, None)[1]
+
+    rate, metrics = rates(tree, carry)
+    assert 0 < float(rate) < 1 and float(rate) == pytest.approx(float(metrics['agreement_1']), abs=1e-6)
+    deaf = jax.tree.map(jnp.zeros_like, carry) | {'gain': carry['gain']}
+    assert float(rates(tree, deaf)[0]) != float(rate), 'without what it carries'
+
+
 def test_the_batch_auc_is_the_one_over_all_pairs():
     rng = np.random.default_rng(0)
     s, z = rng.integers(0, 9, 200).astype(np.float32) / 9, rng.random(200) < 0.4
@@ -264,14 +285,14 @@ def test_accelerators_come_from_a_folder_of_the_zoo(params, tmp_path):
 @pytest.mark.parametrize(('changes', 'named'), (
     ({'gate': {'kind': 'magic'}}, 'magic'), ({'gate': {'size': 0}}, 'gate.size'), ({'gate': {'with': 3}}, 'with'),
     ({'gate': {'kind': 'margin'}}, 'nothing to train'), ({'attention': 'magic'}, 'attention'), ({'m2r2': None}, 'm2r2'),
-    ({'base': 'x'}, 'either'), ({'tempo': 1}, 'tempo'), ({'m2r2': {'exits': (1,), 'carry': 4}}, 'carry')))
+    ({'base': 'x'}, 'either'), ({'tempo': 1}, 'tempo')))
 def test_a_wrong_field_is_named(changes, named):
     with pytest.raises(ConfigError, match=named):
         gate_task.build(**({'model': SHAPE, 'm2r2': {'exits': (1, 2)}} | changes))
 
 
-@pytest.mark.parametrize('variant', ('', 'deed', 'stories', 'tiny'))
+@pytest.mark.parametrize('variant', ('', 'deed', 'stories', 'draft', 'tiny'))
 def test_configs_name_gates_that_can_be_trained(variant):
     kwargs = m2r2_gates.get_config(variant).task.kwargs.to_dict()
     GateConfig.of(kwargs['gate'])
-    assert kwargs['m2r2'].get('carry', 0) == 0 and ('base' in kwargs) == (variant != 'tiny')
+    assert (kwargs['m2r2'].get('carry', 0) > 0) == (variant == 'draft') and ('base' in kwargs) == (variant != 'tiny')

@@ -10,17 +10,19 @@ import pytest
 
 from backbone import formats, tokenizer
 from backbone.config import ModelConfig
-from backbone.errors import ConfigError, FormatError
+from backbone.errors import ConfigError, FormatError, RequestError
 from backbone.formats.tensors import Loaded, params_hash
 from backbone.layout import pack
 from backbone.model import PlainTarget, embed, hidden_states, sequence_context, unembed
 from backbone.presets import preset
 from configs import m2r2_smollm2, training
-from harness import artefacts, models, train
+from harness import artefacts, models, train, zoo
 from harness.baselines import Autoregressive
 from harness.decode import generate
+from m2r2 import gate_task
 from m2r2 import task as tasks
 from m2r2.config import M2R2Config
+from scripts import m2r2_artefact
 from tests.conftest import lively
 
 SHAPE = training.llama(vocab=257, hidden=32, layers=3, heads=2, kv_heads=1, intermediate=48, max_seq_len=64)
@@ -96,6 +98,33 @@ def test_the_draft_gets_shorter_where_it_doubts(workdir, base):
     assert tokens[0] == tokens[12] == tokens[100]
     assert drafted[0][:3].sum() == 0 and drafted[100][1:].sum() == 0
     assert drafted[12][:3].sum() > 0 and drafted[12][1:].sum() > 0
+
+
+@pytest.mark.slow
+def test_a_gate_trained_for_the_drafter_drafts_by_name(workdir, base, tmp_path, monkeypatch):
+    """From accelerators with a carry and a draft vocabulary to a gate, calibrated, that ends their drafts."""
+    path, params, cfg = base
+    artefacts.to_zoo('fast', workdir, artefacts.card_of(str(workdir)), None, tmp_path)
+    config = ml_collections.ConfigDict(models.read_config(workdir)['config'])
+    config.task = {'factory': 'm2r2.gate_task.build', 'kwargs': {
+        'base': str(path), 'accelerators': str(tmp_path / 'fast'), 'cached': True, 'gate': {'kind': 'mlp', 'size': 8}}}
+    config.num_steps = config.eval.every = config.checkpoint.every = 6
+    assert train.run(config, tmp_path / 'gates', say=lambda *_: None) == 'finished'
+    args = [f'--workdir={tmp_path / "gates"}', '--name=gated', f'--root={tmp_path}', '--rows=6']
+    with pytest.raises(RequestError, match='--drafts'):
+        m2r2_artefact.main(m2r2_artefact.parse(args))
+    card = m2r2_artefact.main(m2r2_artefact.parse([*args, '--drafts=12']))
+    assert 0 < card['draft_gate']['agreement'] < 1 and card['draft_gate']['n'] > 50
+    assert 'gate' not in gate_task.read_accelerators(str(tmp_path / 'gated'))[0]
+    monkeypatch.setattr(zoo, 'ROOT', tmp_path)
+    drafter, ready = artefacts.find('gated', cfg, params_hash(params), {'block': 3})
+    assert (drafter.doubt, drafter.gate.kind) == (12, 'mlp')
+    packed = pack(params)
+    whole, target, prompts = {'base': packed} | ready(packed, 'float32'), PlainTarget(cfg, stacked=False), [[100, 99]]
+    got = generate(target, drafter, whole, prompts, max_new_tokens=20)
+    assert got.tokens == generate(target, Autoregressive(), whole, prompts, max_new_tokens=20).tokens
+    with pytest.raises(ConfigError, match='gate arla_tokens of size 32: these accelerators have those of another'):
+        artefacts.find('gated', cfg, params_hash(params), {'gate': 'arla_tokens'})[1](packed, 'float32')
 
 
 def small_task(**options):

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from backbone.errors import HeadwayError
-from harness import decode, models
+from harness import decode, models, stepwise
 from harness.baselines import Autoregressive
 from m2r2.early_exit import mean_layers
-from scripts.m2r2_tradeoff import forced
 
 NAME, STEPS = 'm2r2_stories_early_exit', 48
 BEGINNINGS = ('Once upon a time there was a small red boat', 'Tom did not want to go to bed',
@@ -29,8 +28,8 @@ def test_it_leaves_early_and_mostly_says_what_the_whole_model_says():
     def follow(thresholds):
         """(share of the whole model's tokens that are chosen, given those before; mean layers)."""
         given = params | {'thresholds': np.array(thresholds, np.float32)}
-        cache, _, choice = forced(target, given, text, 9)
-        return float(np.mean(np.asarray(choice) == text[:, 10:])), mean_layers(target, cache)
+        cache, _, choices = stepwise.forced(target, given, text, np.full(len(text), 10), 9, text.shape[1] - 10)
+        return float(np.mean(np.asarray(choices) == text[:, 10:])), mean_layers(target, cache)
 
     agreement, layers = follow(promised)
     assert agreement >= 0.9 and layers < 5.7, (agreement, layers)

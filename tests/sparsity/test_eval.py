@@ -13,7 +13,7 @@ from backbone.errors import RequestError
 from backbone.model import PlainTarget, forward
 from harness import stepwise
 from harness.scoring import Row, Scorer
-from scripts import sparsity_eval, sparsity_speed
+from scripts import sparsity_eval, sparsity_speed, sparsity_ways
 from sparsity import selectors
 from sparsity.config import SparsityConfig
 from tests.conftest import lively, tiny_config
@@ -43,14 +43,14 @@ def test_steps_are_the_whole_sequence_for_a_target_that_loses_nothing(base):
     """From uneven places, the first token of all included; and a target that approximates single steps is seen to."""
     starts = np.array([1, 6, 13], np.int32)
     run = lambda target: stepwise.forced(target, {'base': base}, TOKENS, starts, 12, 7)
-    cache, logprobs, hits = run(PlainTarget(CFG))
+    cache, logprobs, choices = run(PlainTarget(CFG))
     logits = forward(CFG, base, TOKENS)
     expected = np.asarray(jax.nn.log_softmax(logits))
     for row, start in enumerate(starts):
         gold = TOKENS[row, start:start + 7]
         at = np.arange(start - 1, start + 6)
         np.testing.assert_allclose(logprobs[row], expected[row, at, gold], atol=1e-4)
-        np.testing.assert_array_equal(hits[row], expected[row, at].argmax(-1) == gold)
+        np.testing.assert_array_equal(choices[row], expected[row, at].argmax(-1))
     np.testing.assert_array_equal(cache.pos, starts + 6)
     assert np.abs(run(Deaf(CFG))[1] - logprobs).max() > 1e-2, 'what the whole-sequence measure would not see'
 
@@ -105,14 +105,14 @@ def test_every_method_stands_where_it_can_and_dense_once():
 def test_equal_bytes_pay_for_the_predictor(work):
     """What is kept at equal bytes is less than at equal share, by what the predictor reads; what costs nothing keeps
     its share; and a predictor that is asked less often costs less."""
-    at = lambda work, method: sparsity_eval.share_at(work, sparsity_eval.Point(method, 'neurons', 0.5, 'bytes'))
-    budget = sparsity_eval.bytes_of(work, 'random', 'neurons', 0.5)
+    budget = sparsity_ways.bytes_of(work, 'random', 'neurons', 0.5)
+    at = lambda work, method: sparsity_ways.share_at(work, method, 'neurons', budget)
     share = at(work, 'ours')
-    assert share < 0.5 and sparsity_eval.bytes_of(work, 'ours', 'neurons', share) <= budget
-    assert sparsity_eval.bytes_of(work, 'ours', 'neurons', share + 1 / 12) > budget, 'one block more is too much'
+    assert share < 0.5 and sparsity_ways.bytes_of(work, 'ours', 'neurons', share) <= budget
+    assert sparsity_ways.bytes_of(work, 'ours', 'neurons', share + 1 / 12) > budget, 'one block more is too much'
     assert at(work, 'random') == 0.5
     seldom = dataclasses.replace(work, settings=work.settings | {'refresh': 8})
-    price = lambda work: sparsity_eval.bytes_of(work, 'ours', 'neurons', 0.5) - budget
+    price = lambda work: sparsity_ways.bytes_of(work, 'ours', 'neurons', 0.5) - budget
     assert 0 < price(seldom) == pytest.approx(price(work) / 8)
     mine = work.trained['ours']
     size = lambda s: selectors.Predictor(work.cfg, s, mine.p).size({'sparsity': mine.params})
@@ -122,8 +122,8 @@ def test_equal_bytes_pay_for_the_predictor(work):
 
 def test_what_is_recorded_for_several_tokens_is_their_sum():
     a = np.arange(12.0).reshape(2, 6)
-    np.testing.assert_array_equal(sparsity_eval.window_sums(a, 1), a)
-    np.testing.assert_array_equal(sparsity_eval.window_sums(a, 3)[0], [3, 6, 9, 12, 9, 5])
+    np.testing.assert_array_equal(sparsity_ways.window_sums(a, 1), a)
+    np.testing.assert_array_equal(sparsity_ways.window_sums(a, 3)[0], [3, 6, 9, 12, 9, 5])
 
 
 @pytest.mark.slow
