@@ -30,10 +30,11 @@ def test_one_token_at_a_time_is_the_whole_sequence():
     cfg = tiny_config(layers=2)
     base = lively(cfg)
     tokens = np.random.default_rng(0).integers(0, 97, (2, 12)).astype(np.int32)
-    _, nll, choice = m2r2_tradeoff.forced(PlainTarget(cfg, stacked=False), {'base': pack(base)}, tokens, 5)
+    _, perplexity, choice = m2r2_tradeoff.forced(PlainTarget(cfg, stacked=False), {'base': pack(base)}, tokens, 5)
     logits = np.asarray(jax.jit(lambda p: forward(cfg, p, tokens))(base))[:, 5:-1]
     expected = np.asarray(jax.nn.log_softmax(logits))
-    np.testing.assert_allclose(nll, -np.take_along_axis(expected, tokens[:, 6:, None], -1)[..., 0], rtol=1e-4)
+    nll = -np.take_along_axis(expected, tokens[:, 6:, None], -1)
+    np.testing.assert_allclose(perplexity, np.exp(nll.mean()), rtol=1e-4)
     np.testing.assert_array_equal(choice, logits.argmax(-1))
 
 
