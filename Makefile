@@ -203,15 +203,20 @@ out/relu_stories_base/headway.json: out/relu_stories/finished
 	$(PY) -m harness.launch.convert out/relu_stories out/relu_stories_base --overwrite
 
 # Predictors of what matters (docs/sparsity.md), of a model of the catalogue and of the relufied one, which is another at
-# every making: its predictor is an artefact of this machine.
-PREDICT  := $(PY) -m harness.launch.train --config=configs/sparsity_predictor.py:stories
-SPARSE   := $(PY) scripts/sparsity_artefact.py --overwrite --neurons=0.5
+# every making: its predictor is an artefact of this machine. A quarter of the stories is enough to learn from.
+PREDICT  := $(PY) -m harness.launch.train --config=configs/sparsity_predictor.py:stories \
+            --config.data.manual_dir=out/text/stories_part
+SPARSE   := $(PY) scripts/sparsity_artefact.py --overwrite --neurons=0.8
 EVALUATE := $(PY) scripts/sparsity_eval.py --config=relufy --rows=24 --batch=24 --head_unit=head --block=8 \
-            --methods static griffin random --parts neurons both --by share --shares 0.5
-out/sparsity_stories/finished: | $(STORIES)
+            --methods static random --parts neurons --by share --shares 0.8 0.5
+out/text/stories_part/stories.jsonl: | $(STORIES)
+	mkdir -p $(@D)
+	head -320 $(STORIES) > $@
+
+out/sparsity_stories/finished: out/text/stories_part/stories.jsonl
 	$(PREDICT) --workdir=out/sparsity_stories
 
-out/sparsity_relu_stories/finished: out/relu_stories_base/headway.json
+out/sparsity_relu_stories/finished: out/relu_stories_base/headway.json out/text/stories_part/stories.jsonl
 	$(PREDICT) --config.task.kwargs.base=out/relu_stories_base --workdir=out/sparsity_relu_stories
 
 out/eval_stories/table.md: out/sparsity_stories/finished

@@ -35,15 +35,15 @@ def get_config(variant: str = 'smollm2'):
 
 def make_stories(config) -> None:
     config.task.kwargs = {
-        'base': 'stories-15m', 'criterion': 'plainact', 'label': 'rest', 'window': 16, 'length': 0, 'cached': True,
+        'base': 'stories-15m', 'criterion': 'plainact', 'label': 'rest', 'window': 4, 'length': 0, 'cached': True,
         'predictor': {'kind': 'unified', 'width_heads': 64, 'width_neurons': 128, 'head_unit': 'head', 'block': 8,
                       'loss': 'mse', 'targets': 'layer', 'members': 'top'}}
     config.data.update({'dataset': 'selfgen', 'manual_dir': 'out/text/stories', 'tokenizer': 'stories-15m',
                         'seq_len': 256, 'batch_size': 16, 'loss_on': 'all'})
-    config.optimizer.update({'learning_rate': 1e-3, 'warmup_steps': 20, 'end_fraction': 0.0, 'weight_decay': 0.01})
-    config.num_steps = 600
-    config.eval.update({'every': 200, 'batches': 4})
-    config.checkpoint.update({'every': 200})
+    config.optimizer.update({'learning_rate': 3e-3, 'warmup_steps': 20, 'end_fraction': 0.0, 'weight_decay': 0.01})
+    config.num_steps = 1000
+    config.eval.update({'every': 500, 'batches': 1})
+    config.checkpoint.update({'every': 500})
 
 
 def make_smollm2(config) -> None:

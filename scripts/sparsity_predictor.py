@@ -23,6 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from backbone.errors import RequestError
+from backbone.formats.tensors import flatten, params_hash
 from harness import data, models
 from harness.launch import common
 from sparsity import measures
@@ -40,6 +41,10 @@ def main(argv: list[str]) -> None:
     config = ml_collections.ConfigDict(models.read_config(folder)['config']).data
     tokenizer = data.make_tokenizer(config)
     train, held_out = (data.open_rows(config, split, tokenizer) for split in (config.split, config.eval_split))
+    if task.cached:  # what the run kept is read again
+        digest = params_hash({f'base/{path}': np.asarray(a) for path, a in flatten(params['base']).items()})
+        train, held_out = (data.cached(rows, task.features, params['base'], digest, task.feature_name,
+                                       config.batch_size) for rows in (train, held_out))
     params = jax.device_put(params)
     mean = mean_of(task, params['base'], train, min(ROWS.value * MEAN_ROWS.value, len(train)), BATCH.value)
     table = measure(task, params, held_out, min(ROWS.value, len(held_out)), mean, BATCH.value)
@@ -58,7 +63,9 @@ def batches(task: Any, base: dict, rows: Any, count: int, size: int):
     run = jax.jit(task.features)
     for first in range(0, count, size):
         numbers = np.arange(first, first + size)
-        yield run(base, rows.batch(np.minimum(numbers, count - 1))), numbers < count
+        batch = rows.batch(np.minimum(numbers, count - 1))
+        kept = {name: np.asarray(batch[name], np.float32) for name in ('context', 'known', *PARTS) if name in batch}
+        yield kept or run(base, batch), numbers < count
 
 
 def mean_of(task: Any, base: dict, rows: Any, count: int, size: int) -> dict[str, np.ndarray]:

@@ -45,7 +45,7 @@ def build(model: Mapping[str, Any], sparsity: Mapping[str, Any], selector: str =
           logged: bool = False, cache_dtype: str = 'float32', packed: bool = True) -> SparseTarget:
     """Fields of ModelConfig, SparsityConfig and PredictorConfig. packed: for parameters from `pack`; then products are
     gathered where the selector can tell what from. Errors: ConfigError."""
-    cfg = ModelConfig.from_dict(model)
+    cfg = ModelConfig.from_dict(model.to_dict() if hasattr(model, 'to_dict') else model)  # as a config's part has them
     s = SparsityConfig.of(cfg, sparsity)
     chosen = named(selector, cfg, s, predictor)
     compute = compute or ('gathered' if packed and selector not in BY_VALUE else 'masked')
