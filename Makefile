@@ -53,8 +53,9 @@ compare: $(READY)
 	$(PY) -m backbone.catalogue fetch $(COMPARE_DATA)
 	$(PY) -m harness.launch.compare --config=configs/compare.py --workdir=out/compare
 
-# Two at a time: most tests compile, and a compilation keeps one core busy. A file's tests stay together, with what they share.
-PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist loadfile
+# Two at a time: most tests compile, and a compilation keeps one core busy. A file's tests stay together, with what they
+# share. A worker that dies ends the run: a new one would be waited for without end.
+PYTEST := JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist loadfile --max-worker-restart=0
 test: $(READY) tpu-compiler data
 	$(PYTEST)
 

@@ -12,6 +12,9 @@ from backbone.config import AttentionConfig, MlpConfig, ModelConfig
 from backbone.model import init_params
 
 jax.config.update('jax_default_matmul_precision', 'highest')
+# What a test calls may turn the persistent cache on for all that follow, and now and then XLA:CPU dies of writing a
+# program to it.
+jax.config.update('jax_enable_compilation_cache', False)
 
 
 def tiny_config(vocab=97, hidden=32, layers=4, heads=4, kv_heads=2, max_seq_len=96, **changes) -> ModelConfig:
