@@ -129,9 +129,6 @@ def test_a_run_starts_from_what_another_trained(workdir, config):
 def test_what_was_trained_drafts_losslessly_from_the_directory_and_from_the_zoo(workdir, base, tmp_path, monkeypatch):
     path, cfg, params, digest = base
     monkeypatch.setattr(zoo, 'ROOT', tmp_path)
-    monkeypatch.setattr(zoo.names, '__defaults__', (tmp_path,))
-    monkeypatch.setattr(zoo.load, '__defaults__', (tmp_path,))
-    monkeypatch.setattr(artefacts.to_zoo, '__defaults__', (tmp_path, False))
     card = artefacts.card_of(str(workdir))
     artefacts.to_zoo('small_head', workdir, card, ('factors/.*',))
     assert card['base'] == str(path) and card['steps'] == 12 and card['metrics']['joint_nll'] > 0
