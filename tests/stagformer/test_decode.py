@@ -208,10 +208,10 @@ def test_recurrent_decoding(window, form):
     np.testing.assert_allclose(want[:, :5], exact[:, :5], atol=1e-9)
     assert np.abs(want - exact)[:, 5:].max(-1).min() > 1e-3
     first, cache = prompted(target, forward, TOKENS[:, :4], (4, 4))
-    np.testing.assert_allclose(first, want[:, 3], atol=1e-5)
+    np.testing.assert_allclose(first, want[:, 3], atol=2e-5)
     for sizes in ((1,) * 5, (4, 1)):
         got, _ = feed(forward, cache, TOKENS[:, 4:], sizes)
-        np.testing.assert_allclose(got, want[:, 4:], atol=1e-5)
+        np.testing.assert_allclose(got, want[:, 4:], atol=2e-5)
 
 
 # --- what a step does -------------------------------------------------------------------------------------------------
